@@ -1,0 +1,75 @@
+"""The library's functions. Each opens its inputs, plans, runs and commits; the command line calls the same.
+
+`rv_distributed.job.prepare` stops before the run, with everything checked and planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from rv_distributed.checkpoint.manifest import Manifest
+from rv_distributed.job import ProgressCallback, prepare
+from rv_distributed.plan import PlanOptions
+from rv_distributed.recipe import Recipe, Vector
+from rv_distributed.runtime.select import RunOptions
+
+
+def extract(
+    donor: str,
+    reference: str,
+    out: str,
+    *,
+    dtype: str = "float32",
+    plan_options: PlanOptions | None = None,
+    run_options: RunOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> Manifest:
+    """Write the vector ``V = A − B`` of two checkpoints, as a checkpoint of its own.
+
+    In float32, the default, applying it gives the same bytes as `transfer`; in bfloat16 it takes half the
+    space and the manifest counts the elements that were not exact.
+
+    Raises UsageError, InputError and OutputError before anything is written; RunError, with what was
+    finished kept for the next call, afterwards.
+    """
+    recipe = Recipe("extract", None, (Vector(donor, reference),), ((1.0,),))
+    options = replace(plan_options or PlanOptions(), dtype=dtype)
+    return prepare(recipe, [out], options, run_options or RunOptions()).run(progress)[0]
+
+
+def apply(
+    target: str,
+    vectors: Mapping[str, float] | Sequence[tuple[str, float]],
+    out: str,
+    *,
+    plan_options: PlanOptions | None = None,
+    run_options: RunOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> Manifest:
+    """Write ``O = T + Σ αₖ·Vₖ`` for stored vectors, given with their alphas in the order of addition.
+
+    Raises as `extract`.
+    """
+    pairs = list(vectors.items() if isinstance(vectors, Mapping) else vectors)
+    recipe = Recipe("apply", target, tuple(Vector(uri) for uri, _ in pairs), (tuple(alpha for _, alpha in pairs),))
+    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress)[0]
+
+
+def transfer(
+    target: str,
+    donor: str,
+    reference: str,
+    out: str,
+    *,
+    alpha: float = 1.0,
+    plan_options: PlanOptions | None = None,
+    run_options: RunOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> Manifest:
+    """Write ``O = T + α·(A − B)`` in one pass over the three checkpoints, with nothing stored in between.
+
+    Raises as `extract`.
+    """
+    recipe = Recipe("transfer", target, (Vector(donor, reference),), ((alpha,),))
+    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress)[0]

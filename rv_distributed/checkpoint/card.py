@@ -1,0 +1,65 @@
+"""The model card of an output: ``README.md`` with the Hub's metadata, and what was computed from what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rv_distributed.checkpoint.manifest import Manifest
+
+TAGS: Final = ("merge", "task-arithmetic", "reasoning-vector")
+_CACHE_FOLDER: Final = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/")
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_name(uri: str, config: Mapping[str, Any]) -> str:
+    """The Hub id of a checkpoint where its path or its config tells it; else its folder's name."""
+    if cached := _CACHE_FOLDER.search(uri + "/"):
+        return f"{cached[1]}/{cached[2]}"
+    known = config.get("_name_or_path")
+    if isinstance(known, str) and _HUB_ID.fullmatch(known):
+        return known
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def build_card(manifest: Manifest, names: Mapping[str, str], license_name: str | None) -> str:
+    """The card as Markdown; ``names`` gives a model name for the URI of every input."""
+    from huggingface_hub import ModelCardData
+
+    base_models = list(dict.fromkeys(names[item.uri] for item in manifest.inputs))
+    metadata = ModelCardData(base_model=base_models, tags=list(TAGS), license=license_name, library_name="transformers")
+    kind = "A reasoning vector" if manifest.operation == "extract" else "A model with a reasoning vector added"
+    rows = [
+        f"| {item.role} | {_cell(names[item.uri])} | {item.revision or ''} | `{item.fingerprint[:23]}…` |"
+        for item in manifest.inputs
+    ]
+    totals = manifest.totals
+    return "\n".join(
+        [
+            "---",
+            metadata.to_yaml(),
+            "---",
+            "",
+            f"# {kind}",
+            "",
+            "Made by weight arithmetic with rv_distributed, without training:",
+            "",
+            f"    {manifest.formula}",
+            "",
+            "| role | model | revision | fingerprint |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+            f"{totals.combined} of {totals.tensors} tensors were computed in float32 and rounded once; "
+            f"{totals.copied} were copied and {totals.cast} cast. Method: arXiv 2509.01363; task arithmetic: "
+            "arXiv 2212.04089. `rv_manifest.json` holds digests of every file, `rv_tensors.parquet` a row for "
+            "every tensor.",
+            "",
+        ]
+    )
+
+
+def _cell(text: str) -> str:
+    """Text for a table cell: inputs' names are shown, never interpreted."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!&])", r"\\\1", text.replace("\n", " "))

@@ -1,0 +1,80 @@
+"""What is known of a checkpoint from its headers, index and small files alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies: ``file[start:stop]`` holds its elements in row-major order."""
+
+    dtype: str
+    """safetensors name, for instance ``BF16``."""
+    shape: tuple[int, ...]
+    file: str
+    """File name inside the checkpoint."""
+    start: int
+    """Byte offset in the file."""
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class FileState(NamedTuple):
+    """One file of a checkpoint. ``state`` changes whenever the file is replaced or written to."""
+
+    name: str
+    """Relative to the checkpoint, with ``/`` between folders."""
+    size: int
+    """Bytes."""
+    state: str
+    """Opaque: modification time and inode, or an etag."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A checkpoint, opened: everything but its weights has been read."""
+
+    uri: str
+    """As resolved: an absolute path."""
+    tensors: Mapping[str, Tensor]
+    """All tensors, in the order of the shards and of the data in them."""
+    weight_files: tuple[FileState, ...]
+    """The safetensors files that hold the tensors, in the order of ``tensors``."""
+    sidecars: tuple[FileState, ...]
+    """The other files that belong to the model: config, tokenizer, licence, code."""
+    config: Mapping[str, Any]
+    """config.json, or empty."""
+    fingerprint: str
+    """BLAKE3 over names, sizes and headers of the weight files and 64 KiB from the middle of each one's
+    data. Tells checkpoints of one family apart, wherever they lie; it is no proof of equal weights."""
+    revision: str | None
+    """The commit, where the path or the Hub tells it."""
+    manifest: Mapping[str, Any] | None
+    """rv_manifest.json, if this is an output of ours."""
+    warnings: tuple[str, ...]
+    """What was odd but harmless, such as a shard that no index names."""
+
+    @property
+    def parameters(self) -> int:
+        """Elements in all tensors."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Elements by dtype, most first."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] += tensor.elements
+        return dict(counts.most_common())

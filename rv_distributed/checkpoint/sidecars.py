@@ -1,0 +1,33 @@
+"""The files beside the weights: which belong to a model, and the one edit that a new dtype needs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Final
+
+_WEIGHT_SUFFIXES: Final = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".distcp"}
+)
+_OWN_NAMES: Final = frozenset({"rv_manifest.json", "rv_tensors.parquet", "rv_recipe.yaml", "README.md"})
+_LEFT_OUT_FOLDERS: Final = frozenset({".git", ".cache", "__pycache__"})
+_DTYPE_FIELD: Final = re.compile(rb'("(?:torch_dtype|dtype)"\s*:\s*")(?:float32|bfloat16|float16)(")')
+
+
+def is_sidecar(name: str) -> bool:
+    """Whether a file goes with the model into every output.
+
+    Left out: weights of any format and their indexes, version control and caches, and the files that an
+    output has of its own (model card, manifest, tables).
+    """
+    path = PurePosixPath(name)
+    if any(part in _LEFT_OUT_FOLDERS for part in path.parts[:-1]):
+        return False
+    if path.suffix.lower() in _WEIGHT_SUFFIXES or name.endswith((".safetensors.index.json", ".bin.index.json")):
+        return False
+    return name not in _OWN_NAMES and path.name not in {".gitattributes", ".gitignore"}
+
+
+def with_dtype(config: bytes, dtype: str) -> bytes:
+    """config.json with its dtype fields set to ``dtype`` and every other byte as it was."""
+    return _DTYPE_FIELD.sub(rb"\g<1>" + dtype.encode() + rb"\g<2>", config)

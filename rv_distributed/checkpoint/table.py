@@ -1,0 +1,105 @@
+"""``rv_tensors.parquet``: one row a tensor. `ROW_COLUMNS` documents the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+
+class PartDigest(NamedTuple):
+    """A part of a tensor that was written as one, and its digest."""
+
+    start: int
+    """First byte in the shard's file."""
+    stop: int
+    digest: str
+    """BLAKE3 of these bytes."""
+
+
+class TensorRow(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    dtype: str
+    """Of the output, by its safetensors name."""
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    """First byte in the shard's file."""
+    stop: int
+    digest: str
+    """BLAKE3 of its bytes when it has one part; else of the parts' concatenated raw digests."""
+    parts: tuple[PartDigest, ...]
+    rule: str
+    """combine, cast or copy."""
+    why: str
+    """Why it was not combined; else empty."""
+    v_norm: float | None
+    """‖v‖₂; null when nothing was measured, as for the columns after it."""
+    t_norm: float | None
+    """‖t‖₂ of the target; null for a vector."""
+    v_max: float | None
+    """max |v|."""
+    changed: int | None
+    """Elements that differ from the target's; of a vector, those that are not zero."""
+    changed_fraction: float | None
+    inexact: int | None
+    """Elements of a stored vector that its dtype could not hold exactly."""
+
+
+def write_table(rows: Iterable[TensorRow]) -> bytes:
+    """The rows as a Parquet file, which is the same for the same rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types: dict[str, Any] = {
+        "name": pa.string(),
+        "dtype": pa.string(),
+        "shape": pa.list_(pa.int64()),
+        "shard": pa.string(),
+        "start": pa.int64(),
+        "stop": pa.int64(),
+        "digest": pa.string(),
+        "parts": pa.list_(pa.struct([("start", pa.int64()), ("stop", pa.int64()), ("digest", pa.string())])),
+        "rule": pa.string(),
+        "why": pa.string(),
+        "v_norm": pa.float64(),
+        "t_norm": pa.float64(),
+        "v_max": pa.float64(),
+        "changed": pa.int64(),
+        "changed_fraction": pa.float64(),
+        "inexact": pa.int64(),
+    }
+    schema = pa.schema([(column, types[column]) for column in TensorRow._fields])
+    columns: dict[str, list[Any]] = {column: [] for column in TensorRow._fields}
+    for row in rows:
+        for column, value in zip(TensorRow._fields, row, strict=True):
+            columns[column].append([part._asdict() for part in row.parts] if column == "parts" else value)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=schema), sink)
+    return bytes(sink.getvalue())
+
+
+def read_table(raw: bytes) -> list[TensorRow]:
+    """The rows of a Parquet file. Raises ValueError when it is none, or not ours."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: Sequence[dict[str, Any]] = pq.read_table(pa.BufferReader(raw)).to_pylist()
+        return [
+            TensorRow(
+                **{
+                    **row,
+                    "shape": tuple(row["shape"]),
+                    "parts": tuple(PartDigest(**part) for part in row["parts"]),
+                }
+            )
+            for row in rows
+        ]
+    except (pa.ArrowException, KeyError, TypeError) as error:
+        raise ValueError(f"is not a table of tensors: {error}") from None
+
+
+NO_BYTES: Final = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+"""BLAKE3 of nothing: the digest of a tensor without elements."""

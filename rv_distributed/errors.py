@@ -1,0 +1,152 @@
+"""Every error that rv_distributed raises on purpose.
+
+::
+
+    RvError
+    ├── UsageError        bad arguments                                        exit status 2
+    ├── InputError        problems of the inputs, all of them at once          exit status 2
+    ├── OutputError       the output exists, is in use, or holds another plan  exit status 2
+    ├── RunError          the run failed; what was finished is kept            exit status 1
+    │   ├── PieceError    one piece failed on its data or its storage
+    │   ├── WorkerError   workers died, and no attempts are left
+    │   └── ChangedError  an input changed while it was read
+    ├── VerifyError       a finished output differs from its manifest          exit status 3
+    └── Interrupted       SIGINT or SIGTERM; the run can be resumed            exit status 130, 143
+
+All of them survive pickling: their constructors take exactly the values that they keep in ``args``.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class RvError(Exception):
+    """Base of all errors raised on purpose; ``exit_status`` is what the command line returns."""
+
+    exit_status = 1
+
+
+class UsageError(RvError):
+    """The arguments do not make sense, whatever the inputs hold."""
+
+    exit_status = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with an input."""
+
+    where: str
+    """The file, folder or URI at fault."""
+    what: str
+    """What is wrong, with the expected and the actual value."""
+    remedy: str
+    """What the user can do about it."""
+    tensor: str | None = None
+    """The tensor at fault, if it is one tensor's problem."""
+
+    def __str__(self) -> str:
+        subject = f"{self.where}: tensor {self.tensor!r}" if self.tensor is not None else self.where
+        return f"{subject}: {self.what}. {self.remedy}"
+
+
+class InputError(RvError):
+    """The inputs cannot be used. ``problems`` lists all that was found, before any output exists."""
+
+    exit_status = 2
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        lines = "\n".join(f"  {n}. {problem}" for n, problem in enumerate(self.problems, 1))
+        return f"{len(self.problems)} problems with the inputs:\n{lines}"
+
+
+class OutputError(RvError):
+    """The output's place cannot be used: it exists, another run holds it, or there is no room."""
+
+    exit_status = 2
+
+
+class RunError(RvError):
+    """The run failed after it began. Finished pieces are kept: the same command resumes."""
+
+
+class PieceError(RunError):
+    """One piece failed. Names the storage at fault, the byte range and the tensors it concerns."""
+
+    def __init__(self, cause: str, file: str, start: int, stop: int, tensors: tuple[str, ...]) -> None:
+        super().__init__(cause, file, start, stop, tensors)
+        self.cause, self.file, self.start, self.stop, self.tensors = cause, file, start, stop, tensors
+
+    def __str__(self) -> str:
+        names = ", ".join(repr(name) for name in self.tensors[:3])
+        more = f" and {len(self.tensors) - 3} more" if len(self.tensors) > 3 else ""
+        of = f" (tensor {names}{more})" if names else ""
+        return f"{self.file}, bytes {self.start} to {self.stop}{of}: {self.cause}"
+
+
+class WorkerError(RunError):
+    """Workers died, and every allowed attempt is used up."""
+
+
+class ChangedError(RunError):
+    """An input was replaced, truncated or touched between planning and commit; nothing is published."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One difference that `verify` found."""
+
+    file: str
+    """File name inside the output."""
+    what: str
+    """What differs."""
+    tensor: str | None = None
+    """The tensor, if the difference lies in one."""
+    start: int | None = None
+    """First byte, inside the file, of the smallest range known to differ."""
+    stop: int | None = None
+    """One past the last byte of that range."""
+
+    def __str__(self) -> str:
+        place = f", bytes {self.start} to {self.stop}" if self.start is not None else ""
+        tensor = f", tensor {self.tensor!r}" if self.tensor is not None else ""
+        return f"{self.file}{place}{tensor}: {self.what}"
+
+
+class VerifyError(RvError):
+    """An output is not what its manifest says. ``findings`` lists every difference."""
+
+    exit_status = 3
+
+    def __init__(self, uri: str, findings: Iterable[Finding]) -> None:
+        self.uri, self.findings = uri, tuple(findings)
+        super().__init__(self.uri, self.findings)
+
+    def __str__(self) -> str:
+        lines = "\n".join(f"  {finding}" for finding in self.findings)
+        count = len(self.findings)
+        return f"{self.uri}: {count} difference{'s' if count != 1 else ''} found\n{lines}"
+
+
+class Interrupted(RvError):
+    """A signal asked the run to stop. Finished pieces are kept: the same command resumes."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:  # type: ignore[override]
+        return 128 + self.signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}"

@@ -1,0 +1,41 @@
+"""What makes two runs the same: a document to compare before unfinished pieces are continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blake3 import blake3
+
+from rv_distributed.plan import Plan
+
+#: Counts up when a change to this package changes the bytes or the records that a plan leads to.
+FORMAT = 1
+
+
+def identity_of(plan: Plan, output: int) -> dict[str, Any]:
+    """Everything that decides the bytes of one output and where its pieces lie, as plain JSON values.
+
+    Other outputs of the same run are not part of it, so a sweep can be continued one output at a time.
+    """
+    layout = blake3()
+    for shard in plan.shards:
+        layout.update(shard.name.encode()).update(shard.header)
+    for tensor in plan.tensors:
+        layout.update(repr((tensor.name, tensor.rule)).encode())
+    for piece in plan.pieces:
+        layout.update(repr(piece).encode())
+    return {
+        "format": FORMAT,
+        "operation": plan.operation,
+        "alphas": list(plan.alphas[output]),
+        "options": dict(plan.options),
+        "inputs": {
+            f"{number}: {item.role}": {
+                "uri": item.uri,
+                "fingerprint": item.fingerprint,
+                "files": {file.name: file.state for file in item.files},
+            }
+            for number, item in enumerate(plan.inputs)
+        },
+        "layout": layout.hexdigest(),
+    }

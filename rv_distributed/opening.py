@@ -1,0 +1,191 @@
+"""Opening a checkpoint: headers, index and small files are read and checked; weights are not.
+
+Called by the API for every input before the planner runs. All problems of one checkpoint are raised
+together, as one InputError.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from blake3 import blake3
+
+from rv_distributed.checkpoint.header import (
+    LENGTH_BYTES,
+    Header,
+    HeaderError,
+    header_bytes,
+    parse_header,
+)
+from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormatError, parse_index
+from rv_distributed.checkpoint.manifest import MANIFEST_FILE
+from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
+from rv_distributed.checkpoint.sidecars import is_sidecar
+from rv_distributed.errors import InputError, Problem
+from rv_distributed.storage import PosixFolder, open_folder
+
+#: One read fetches most headers whole.
+_FIRST_READ_BYTES: Final = 256 * 1024
+_SAMPLE_BYTES: Final = 64 * 1024
+_MAX_JSON_BYTES: Final = 100_000_000
+_PARALLEL_READS: Final = 16
+_DOWNLOAD_AGAIN: Final = "Download the file again."
+_SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
+
+
+def open_checkpoint(uri: str) -> Checkpoint:
+    """Read everything but the weights of the checkpoint in a folder.
+
+    ``open_checkpoint(uri).tensors[name]`` gives a tensor's dtype, shape, file and byte range.
+
+    Raises InputError with every problem found: missing, truncated or malformed shards, an index that
+    does not fit its shards, unreadable files.
+    """
+    folder = open_folder(uri)
+    files = {file.name: file for file in folder.files()}
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    weight_map, shards = _choose_shards(folder, files, problems, warnings)
+    if problems:
+        raise InputError(problems)
+
+    def load(file: FileState) -> tuple[Header, int, bytes] | Problem:
+        return _load_header(folder, file)
+
+    tensors: dict[str, Tensor] = {}
+    digest = blake3()
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        for file, loaded in zip(shards, pool.map(load, shards), strict=True):
+            if isinstance(loaded, Problem):
+                problems.append(loaded)
+                continue
+            header, data_start, sample = loaded
+            digest.update(sample)
+            for name, entry in header.entries.items():
+                if name in tensors:
+                    what = f"stands in two shards, {tensors[name].file} and {file.name}"
+                    problems.append(Problem(folder.uri, what, "Remove the shard that is not part of the model.", name))
+                tensors[name] = Tensor(
+                    entry.dtype, entry.shape, file.name, data_start + entry.start, data_start + entry.stop
+                )
+    if weight_map is not None and not problems:
+        problems += _check_index(folder, weight_map, tensors)
+    config = _read_json(folder, files, "config.json", problems)
+    manifest = _read_json(folder, files, MANIFEST_FILE, problems)
+    if problems:
+        raise InputError(problems)
+    revision = _SNAPSHOT.search(folder.uri)
+    return Checkpoint(
+        uri=folder.uri,
+        tensors=tensors,
+        weight_files=tuple(shards),
+        sidecars=tuple(file for name, file in files.items() if is_sidecar(name)),
+        config=config or {},
+        fingerprint="blake3:" + digest.hexdigest(),
+        revision=revision.group(1) if revision else None,
+        manifest=manifest,
+        warnings=tuple(warnings),
+    )
+
+
+def _choose_shards(
+    folder: PosixFolder, files: dict[str, FileState], problems: list[Problem], warnings: list[str]
+) -> tuple[dict[str, str] | None, list[FileState]]:
+    """The index, if there is one, and the shards that make up the model."""
+    present = [name for name in files if name.endswith(".safetensors") and "/" not in name]
+    if INDEX_FILE not in files:
+        if SINGLE_FILE in files:
+            present = [SINGLE_FILE]
+        elif not present:
+            remedy = "Give a folder with model.safetensors or an index and its shards; convert other formats first."
+            problems.append(Problem(folder.uri, _what_instead(files), remedy))
+        return None, [files[name] for name in present]
+    where = folder.path(INDEX_FILE)
+    try:
+        weight_map = parse_index(_read_bounded(folder, files[INDEX_FILE]))
+    except (IndexFormatError, OSError) as error:
+        problems.append(Problem(where, str(error), _DOWNLOAD_AGAIN))
+        return None, []
+    named = sorted(set(weight_map.values()))
+    for name in named:
+        if name not in files:
+            what = f"names the shard {name}, which is missing"
+            problems.append(Problem(where, what, "Download the shard, or correct the index."))
+    stray = sorted(set(present) - set(named))
+    if stray:
+        warnings.append(f"{folder.uri}: the index does not name {', '.join(stray)}: not read")
+    return weight_map, [files[name] for name in named if name in files]
+
+
+def _what_instead(files: dict[str, FileState]) -> str:
+    for suffix, kind in (
+        (".bin", "pickled PyTorch weights"),
+        (".pt", "pickled PyTorch weights"),
+        (".gguf", "GGUF weights"),
+    ):
+        found = next((name for name in files if name.endswith(suffix)), None)
+        if found:
+            return f"holds {kind} ({found}) and no safetensors files"
+    return "holds no safetensors files"
+
+
+def _load_header(folder: PosixFolder, file: FileState) -> tuple[Header, int, bytes] | Problem:
+    where = folder.path(file.name)
+    try:
+        first = folder.read(file.name, 0, _FIRST_READ_BYTES)
+        if first.startswith(b"version https://git-lfs"):
+            what = "is a Git LFS pointer, not the weights themselves"
+            return Problem(where, what, "Run 'git lfs pull' in the repository.")
+        length = header_bytes(first, file_bytes=file.size)
+        data_start = LENGTH_BYTES + length
+        raw = first[LENGTH_BYTES:data_start]
+        if len(raw) < length:
+            raw += folder.read(file.name, len(first), data_start)
+        header = parse_header(raw, data_bytes=file.size - data_start)
+        middle = (data_start + file.size) // 2
+        data = folder.read(file.name, middle, middle + _SAMPLE_BYTES)
+    except HeaderError as error:
+        return Problem(where, error.what, _DOWNLOAD_AGAIN, error.tensor)
+    except OSError as error:
+        return Problem(where, f"cannot be read: {error.strerror or error}", "Check its permissions and its storage.")
+    return header, data_start, blake3(f"{file.name}\0{file.size}\0".encode()).update(raw).update(data).digest()
+
+
+def _check_index(folder: PosixFolder, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> list[Problem]:
+    where, problems = folder.path(INDEX_FILE), []
+    remedy = "The index and the shards come from different versions of the model: download both again."
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            problems.append(Problem(where, f"says that {shard} holds it, but it does not", remedy, name))
+        elif tensors[name].file != shard:
+            problems.append(Problem(where, f"says {shard}, but {tensors[name].file} holds it", remedy, name))
+    return problems + [
+        Problem(where, f"does not name it, but {tensors[name].file} holds it", remedy, name)
+        for name in tensors
+        if name not in weight_map
+    ]
+
+
+def _read_json(
+    folder: PosixFolder, files: dict[str, FileState], name: str, problems: list[Problem]
+) -> dict[str, Any] | None:
+    if name not in files:
+        return None
+    try:
+        document = json.loads(_read_bounded(folder, files[name]))
+    except (ValueError, RecursionError, OSError) as error:
+        problems.append(Problem(folder.path(name), f"is not readable JSON: {error}", _DOWNLOAD_AGAIN))
+        return None
+    if not isinstance(document, dict):
+        problems.append(Problem(folder.path(name), "is not a JSON object", _DOWNLOAD_AGAIN))
+        return None
+    return document
+
+
+def _read_bounded(folder: PosixFolder, file: FileState) -> bytes:
+    if file.size > _MAX_JSON_BYTES:
+        raise OSError(f"has {file.size} bytes, more than any such file needs")
+    return folder.read(file.name)

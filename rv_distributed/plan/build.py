@@ -1,0 +1,215 @@
+"""From a recipe and its opened checkpoints to a plan: match tensors, choose rules and dtypes, lay out.
+
+The frame (the target, or the donor when a vector is extracted) gives names, shapes, order and, with
+``dtype="auto"``, the dtype of every output tensor. All problems are found before any is raised.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
+from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
+from rv_distributed.checkpoint.model import Checkpoint, Tensor
+from rv_distributed.errors import InputError, Problem, UsageError
+from rv_distributed.plan.layout import PIECE_BYTES, cut_pieces, lay_out
+from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
+from rv_distributed.recipe import Recipe, as_float32
+
+_MAX_REPORTED: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """The options that decide what is written."""
+
+    dtype: str = "auto"
+    """Of the output's F16, BF16 and F32 tensors: float32, bfloat16, float16, or auto for the frame's own."""
+    max_shard_bytes: int = 5_000_000_000
+    """Most tensor data in one shard; a larger tensor gets a shard to itself."""
+    include: str | None = None
+    """Only tensors whose name this regular expression finds get the vectors."""
+    exclude: str | None = None
+    """Tensors whose name this regular expression finds do not get the vectors."""
+    piece_bytes: int = PIECE_BYTES
+    """Size of the unit of scheduling; a multiple of 1 MiB."""
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in FROM_USER:
+            raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(sorted(FROM_USER))}")
+        if self.max_shard_bytes <= 0:
+            raise UsageError("the largest shard must have a positive size")
+        for pattern in (self.include, self.exclude):
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
+
+    def selects(self, name: str) -> bool:
+        """Whether a tensor of this name gets the vectors."""
+        return (self.include is None or re.search(self.include, name) is not None) and (
+            self.exclude is None or re.search(self.exclude, name) is None
+        )
+
+
+class _Pair(NamedTuple):
+    """One vector's checkpoints, with the vector's index in the recipe."""
+
+    vector: int
+    plus: Checkpoint
+    minus: Checkpoint | None
+
+
+def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> Plan:
+    """Plan ``recipe`` over ``opened`` (its checkpoints by the names it gives them).
+
+    Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection.
+    """
+    alphas = tuple(tuple(as_float32(alpha) for alpha in row) for row in recipe.alphas)
+    pairs = [
+        _Pair(number, opened[vector.plus], opened[vector.minus] if vector.minus is not None else None)
+        for number, vector in enumerate(recipe.vectors)
+        if recipe.target is None or any(row[number] != 0.0 for row in alphas)
+    ]
+    frame = opened[recipe.target if recipe.target is not None else recipe.vectors[0].plus]
+    extracting = recipe.target is None
+
+    problems: list[Problem] = []
+    left_out = _only_elsewhere(frame, pairs)
+    planned: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
+    for name, tensor in frame.tensors.items():
+        operands, why = _match(name, tensor, pairs, options, problems, extracting=extracting)
+        if extracting and not operands:
+            left_out.append((name, why))
+            continue
+        dtype = FROM_USER[options.dtype] if options.dtype != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
+        rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype else "cast"
+        planned.append((name, tensor, rule, dtype, operands, why))
+    if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
+        if options.include is not None or options.exclude is not None:
+            raise UsageError("--include and --exclude leave no tensor to compute")
+        what = f"has no tensor in common with {', '.join(pair.plus.uri for pair in pairs)}"
+        problems.append(Problem(frame.uri, what, "Check that all inputs are models of one architecture."))
+    if problems:
+        raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))
+
+    try:
+        shards = lay_out(
+            [
+                (name, dtype, tensor.shape, tensor_bytes(dtype, tensor.shape))
+                for name, tensor, _, dtype, _, _ in planned
+            ],
+            options.max_shard_bytes,
+        )
+    except HeaderError as error:
+        raise UsageError(f"{error.what}; choose a smaller --max-shard-size") from None
+    tensors = []
+    for index, shard in enumerate(shards):
+        end = len(shard.header)
+        for name, tensor, rule, dtype, operands, why in planned[shard.first : shard.first + shard.length]:
+            start, end = end, end + tensor_bytes(dtype, tensor.shape)
+            target = None if extracting else _operand(frame, tensor)
+            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, target, operands, why))
+    return Plan(
+        operation=recipe.operation,
+        inputs=_inputs(recipe, opened),
+        alphas=alphas,
+        tensors=tuple(tensors),
+        shards=shards,
+        pieces=cut_pieces([shard.size for shard in shards], options.piece_bytes),
+        left_out=tuple(left_out),
+        options=(
+            ("dtype", options.dtype),
+            ("max_shard_bytes", str(options.max_shard_bytes)),
+            ("include", options.include or ""),
+            ("exclude", options.exclude or ""),
+        ),
+    )
+
+
+def _match(
+    name: str,
+    tensor: Tensor,
+    pairs: Sequence[_Pair],
+    options: PlanOptions,
+    problems: list[Problem],
+    *,
+    extracting: bool,
+) -> tuple[tuple[VectorOperand, ...], str]:
+    """The vectors' operands for one tensor of the frame, and why there are none, if so."""
+    if not pairs:
+        return (), "alpha is 0"
+    if not options.selects(name):
+        return (), "not selected by --include and --exclude"
+    operands, why = [], "not in any vector"
+    for pair in pairs:
+        plus = pair.plus.tensors.get(name)
+        minus = pair.minus.tensors.get(name) if pair.minus is not None else None
+        if plus is None or (pair.minus is not None and minus is None):
+            if plus is not None or minus is not None:
+                why = f"not in the {'donor' if plus is None else 'reference'}"
+            continue
+        present = [(pair.plus, plus)] + ([(pair.minus, minus)] if pair.minus is not None and minus is not None else [])
+        if not DTYPES[tensor.dtype].is_float:
+            why = f"{tensor.dtype} is not a floating-point dtype"
+            continue
+        sound = True
+        if tensor.dtype not in ARITHMETIC:
+            problems.append(_cannot_compute(pair.plus.uri, name, tensor.dtype))
+            sound = False
+        for checkpoint, other in present:
+            if other.shape != tensor.shape:
+                frame = "donor" if extracting else "target"
+                what = f"has shape {list(other.shape)}, but {list(tensor.shape)} in the {frame}"
+                remedy = "Check that the inputs are the same model, or leave the tensor out with --exclude."
+                problems.append(Problem(checkpoint.uri, what, remedy, name))
+                sound = False
+            elif other.dtype not in ARITHMETIC and tensor.dtype in ARITHMETIC:
+                problems.append(_cannot_compute(checkpoint.uri, name, other.dtype))
+                sound = False
+        if sound:
+            minus_operand = _operand(pair.minus, minus) if pair.minus is not None and minus is not None else None
+            operands.append(VectorOperand(pair.vector, _operand(pair.plus, plus), minus_operand))
+    return tuple(operands), "" if operands else why
+
+
+def _cannot_compute(where: str, name: str, dtype: str) -> Problem:
+    what = f"is {dtype}; arithmetic is done on {', '.join(ARITHMETIC)}"
+    return Problem(where, what, "Convert the checkpoint first, or leave the tensor out with --exclude.", name)
+
+
+def _operand(checkpoint: Checkpoint, tensor: Tensor) -> Operand:
+    return Operand(f"{checkpoint.uri}/{tensor.file}", tensor.start, tensor.dtype)
+
+
+def _only_elsewhere(frame: Checkpoint, pairs: Sequence[_Pair]) -> list[tuple[str, str]]:
+    names: dict[str, str] = {}
+    for pair in pairs:
+        for checkpoint in (pair.plus, pair.minus):
+            if checkpoint is not None and checkpoint is not frame:
+                for name in checkpoint.tensors.keys() - frame.tensors.keys():
+                    names.setdefault(name, f"only in {checkpoint.uri}")
+    return sorted(names.items())
+
+
+def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:
+    more = len(problems) - _MAX_REPORTED
+    if more <= 0:
+        return []
+    return [Problem(frame.uri, f"{more} more tensors have such problems", "Correct the ones above first.")]
+
+
+def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> tuple[PlannedInput, ...]:
+    roles = [("target", recipe.target)] if recipe.target is not None else []
+    for vector in recipe.vectors:
+        if vector.minus is None:
+            roles.append(("vector", vector.plus))
+        else:
+            roles += [("donor", vector.plus), ("reference", vector.minus)]
+    return tuple(
+        PlannedInput(role, opened[uri].uri, opened[uri].fingerprint, opened[uri].revision, opened[uri].weight_files)
+        for role, uri in roles
+    )

@@ -1,0 +1,88 @@
+"""Shards and pieces from sizes: pure functions over integers and names."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from rv_distributed.checkpoint.header import HeaderEntry, build_header
+from rv_distributed.checkpoint.index import shard_name
+from rv_distributed.plan.model import Piece, PieceTask, Plan, ShardPlan, Span
+
+#: Borders between pieces are multiples of this in the output file, so no two workers touch one page.
+PIECE_ALIGNMENT: Final = 1 << 20
+#: Large enough that a task costs nothing beside its bytes, small enough to balance and to lose.
+PIECE_BYTES: Final = 64 << 20
+
+
+def group_into_shards(sizes: Sequence[int], max_bytes: int) -> list[int]:
+    """How many tensors go in each shard: in order, as many as ``max_bytes`` of data hold, at least one."""
+    counts: list[int] = []
+    room = -1
+    for size in sizes:
+        if not counts or size > room:
+            counts.append(0)
+            room = max_bytes
+        counts[-1] += 1
+        room -= size
+    return counts or [0]
+
+
+def lay_out(entries: Sequence[tuple[str, str, tuple[int, ...], int]], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+    """The shards for tensors given as (name, dtype, shape, bytes), in that order.
+
+    Raises HeaderError when a shard's header would pass what the format allows.
+    """
+    counts = group_into_shards([entry[3] for entry in entries], max_shard_bytes)
+    shards, first = [], 0
+    for number, count in enumerate(counts, 1):
+        header_entries, end = {}, 0
+        for name, dtype, shape, nbytes in entries[first : first + count]:
+            header_entries[name] = HeaderEntry(dtype, shape, end, end + nbytes)
+            end += nbytes
+        header = build_header(header_entries, {"format": "pt"})
+        shards.append(ShardPlan(shard_name(number, len(counts)), header, len(header) + end, first, count))
+        first += count
+    return tuple(shards)
+
+
+def cut_pieces(sizes: Sequence[int], piece_bytes: int = PIECE_BYTES) -> tuple[Piece, ...]:
+    """Cut files of the given sizes; every byte lies in exactly one piece.
+
+    ``piece_bytes`` is a multiple of `PIECE_ALIGNMENT`, and so is every border inside a file.
+    """
+    pieces: list[Piece] = []
+    for shard, size in enumerate(sizes):
+        for start in range(0, size, piece_bytes):
+            pieces.append(Piece(len(pieces), shard, start, min(start + piece_bytes, size)))
+    return tuple(pieces)
+
+
+def task_of(plan: Plan, piece: Piece) -> PieceTask:
+    """The self-contained task of one piece."""
+    shard = plan.shards[piece.shard]
+    literal = shard.header[piece.start : piece.stop]
+    return PieceTask(piece, shard.name, literal, tuple(_spans(plan, piece)))
+
+
+def _spans(plan: Plan, piece: Piece) -> Iterator[Span]:
+    shard = plan.shards[piece.shard]
+    end = shard.first + shard.length
+    index = bisect_right(plan.tensors, piece.start, shard.first, end, key=lambda tensor: tensor.stop)
+    while index < end and plan.tensors[index].start < piece.stop:
+        tensor = plan.tensors[index]
+        start, stop = max(tensor.start, piece.start), min(tensor.stop, piece.stop)
+        if start < stop:
+            yield Span(
+                index,
+                tensor.name,
+                tensor.dtype,
+                start - tensor.start,
+                stop - tensor.start,
+                start,
+                tensor.rule,
+                tensor.target,
+                tensor.vectors,
+            )
+        index += 1

@@ -1,0 +1,57 @@
+"""What to compute: ``O = T + Σ αₖ·vₖ`` or ``V = A − B``, over checkpoints named by path.
+
+Made from command line flags or Python arguments; turned into a plan by `rv_distributed.plan.make_plan`
+once the checkpoints are open.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+from rv_distributed.errors import UsageError
+
+Operation = Literal["extract", "apply", "transfer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A vector to add: stored, or the difference of two checkpoints."""
+
+    plus: str
+    """The stored vector, or the donor."""
+    minus: str | None = None
+    """The reference; None for a stored vector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A linear combination of checkpoints, and the outputs wanted of it."""
+
+    operation: Operation
+    target: str | None
+    """The model that receives the vectors; None to extract."""
+    vectors: tuple[Vector, ...]
+    """In the order in which they are added."""
+    alphas: tuple[tuple[float, ...], ...]
+    """One tuple an output, with one alpha a vector. All outputs are made in one pass."""
+
+    def __post_init__(self) -> None:
+        if not self.vectors:
+            raise UsageError("nothing to add: give at least one vector")
+        if not self.alphas or any(len(row) != len(self.vectors) for row in self.alphas):
+            raise UsageError("give one alpha for each vector")
+        for row in self.alphas:
+            for alpha in row:
+                if not math.isfinite(alpha) or not math.isfinite(as_float32(alpha)):
+                    raise UsageError(f"alpha {alpha} is not a finite float32")
+
+
+def as_float32(alpha: float) -> float:
+    """``alpha`` rounded to float32, the precision in which it is used; infinity where it overflows."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", alpha))[0])
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,1 @@
+"""Workers and the two runtimes that drive them."""

@@ -1,0 +1,63 @@
+"""The local runtime: the worker in this process, one thread a stream."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+
+from rv_distributed.plan import PieceTask
+from rv_distributed.runtime.model import PieceResult, WorkerConfig
+
+
+class LocalRuntime:
+    """Runs tasks on threads of this process."""
+
+    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[PieceResult]:
+        """As `Runtime.run`."""
+        import torch
+
+        from rv_distributed.runtime.worker import Stopped, Worker
+
+        worker = Worker(config)
+        source = iter(tasks)
+        taking = threading.Lock()
+        results: queue.SimpleQueue[PieceResult | BaseException | None] = queue.SimpleQueue()
+
+        def stream() -> None:
+            try:
+                while True:
+                    with taking:
+                        task = next(source, None)
+                    if task is None:
+                        break
+                    results.put(worker.run(task))
+            except Stopped:
+                pass
+            except BaseException as error:
+                results.put(error)
+            finally:
+                results.put(None)
+
+        # The streams are the parallelism; torch's own threads would only get in their way.
+        torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        threads = [threading.Thread(target=stream, name=f"rv-stream-{n}") for n in range(config.streams)]
+        try:
+            for thread in threads:
+                thread.start()
+            running = len(threads)
+            while running:
+                result = results.get()
+                if result is None:
+                    running -= 1
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    yield result
+        finally:
+            worker.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            torch.set_num_threads(torch_threads)

@@ -1,0 +1,68 @@
+"""What goes into a runtime and comes out of it. Small, frozen, and the same for every runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from rv_distributed.plan import PieceTask
+
+#: Compute happens in blocks of this many output bytes, cut at multiples of it in the output file: small
+#: enough for the processor's caches, and the same blocks whatever the chunks and pieces.
+BLOCK_BYTES = 512 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """How a worker streams; the same for all workers of a run."""
+
+    outputs: tuple[str, ...]
+    """Folder of each output's shards. The files exist, in full size."""
+    alphas: tuple[tuple[float, ...], ...]
+    """One tuple an output, one alpha a vector."""
+    device: str
+    """``cpu``, ``cuda``, or ``auto``: the GPU that the worker sees, if any."""
+    streams: int
+    """Pieces in progress at once, each with its own buffers and thread."""
+    chunk_bytes: int
+    """Output bytes that a stream reads, computes and writes at a time; a multiple of `BLOCK_BYTES`."""
+    measure: bool
+    """Whether norms and changes are measured."""
+
+
+class SpanResult(NamedTuple):
+    """What became of the part of one tensor that lay in a piece, in one output."""
+
+    tensor: int
+    """Index into ``Plan.tensors``."""
+    digest: str
+    """BLAKE3 of the part's bytes, in hexadecimal."""
+    v_sq: float
+    t_sq: float
+    v_max: float
+    changed: int
+    inexact: int
+
+
+class PieceResult(NamedTuple):
+    """A finished piece: its bytes are on the device."""
+
+    piece: int
+    outputs: tuple[tuple[SpanResult, ...], ...]
+    """One tuple an output, with its spans in file order."""
+    bytes_read: int
+    bytes_written: int
+    worker: str
+    """Who did it, for the tables."""
+
+
+class Runtime(Protocol):
+    """Runs tasks on workers. The tasks come in file order; the results in any."""
+
+    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[PieceResult]:
+        """Yield a result for every task. Closing the iterator early stops the workers.
+
+        Raises PieceError at the first piece that cannot be made, WorkerError when workers are lost.
+        """
+        ...

@@ -1,0 +1,69 @@
+"""Which runtime a run gets, and what this machine has. Imports neither torch nor ray."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rv_distributed.errors import UsageError
+
+RuntimeName = Literal["auto", "local", "ray"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a run is carried out; nothing here changes a byte of the output."""
+
+    runtime: RuntimeName = "auto"
+    """local: threads of this process; ray: worker actors; auto: see `choose_runtime`."""
+    address: str | None = None
+    """Of the Ray cluster; without one, and without RAY_ADDRESS, a local Ray is started and stopped."""
+    workers: int | None = None
+    """Threads of the local runtime, or actors under Ray; None for what the machine or cluster has."""
+    device: DeviceName = "auto"
+    """auto: a GPU where a worker has one."""
+    memory_budget_bytes: int | None = None
+    """Most memory for the buffers of one worker process; None for 512 MiB."""
+    overwrite: bool = False
+    """Replace an output that exists, once the new one is complete."""
+    restart: bool = False
+    """Throw away what an unfinished run left."""
+
+    def __post_init__(self) -> None:
+        if self.runtime not in ("auto", "local", "ray"):
+            raise UsageError(f"runtime {self.runtime!r} is not one of auto, local, ray")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UsageError(f"device {self.device!r} is not one of auto, cpu, cuda")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError("--workers must be at least 1")
+        if self.address is not None and self.runtime == "local":
+            raise UsageError("--address goes with --runtime ray, not with local")
+
+
+def choose_runtime(options: RunOptions) -> Literal["local", "ray"]:
+    """Ray when it is asked for, when an address is given, when RAY_ADDRESS is set, inside a Ray job, or when
+    this machine has several GPUs that may be used; else local."""
+    if options.runtime != "auto":
+        return options.runtime
+    hinted = options.address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")
+    if hinted or (options.device != "cpu" and visible_gpus() > 1):
+        return "ray"
+    return "local"
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs of this machine that CUDA_VISIBLE_DEVICES admits."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    folder = Path("/proc/driver/nvidia/gpus")
+    present = len(list(folder.iterdir())) if folder.is_dir() else 0
+    if chosen is None:
+        return present
+    return min(present, len([name for name in chosen.split(",") if name.strip() not in ("", "-1")]))
+
+
+def usable_cpus() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,64 @@
+"""How many streams and how large their chunks: a pure function of the plan and a memory budget."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.errors import UsageError
+from rv_distributed.plan import Operand, Plan, TensorPlan
+from rv_distributed.runtime.model import BLOCK_BYTES
+
+#: Large enough for full storage speed, small enough that many streams fit a small budget.
+CHUNK_BYTES = 4 << 20
+DEFAULT_BUDGET_BYTES = 512 << 20
+
+
+class Sizing(NamedTuple):
+    """The buffers of one worker."""
+
+    streams: int
+    chunk_bytes: int
+    buffer_bytes: int
+    """What all streams' buffers take together."""
+
+
+def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
+    """As many streams as asked for and as large chunks as fit ``budget_bytes``; fewer streams if they must.
+
+    Raises UsageError when not even one stream with the smallest chunks fits.
+    """
+    outputs = len(plan.alphas)
+    ratio = max((_operand_ratio(tensor) for tensor in plan.tensors), default=1.0)
+    # Scratch of the kernels: float32, for as many elements as a block of a 16-bit dtype has.
+    scratch = (4 + outputs) * 2 * BLOCK_BYTES
+
+    def stream_bytes(chunk: int) -> int:
+        return int(chunk * (ratio + outputs)) + scratch
+
+    chunk = min(
+        CHUNK_BYTES, max(BLOCK_BYTES, -(-max(shard.size for shard in plan.shards) // BLOCK_BYTES) * BLOCK_BYTES)
+    )
+    while chunk > BLOCK_BYTES and streams * stream_bytes(chunk) > budget_bytes:
+        chunk = max(BLOCK_BYTES, chunk // 2 // BLOCK_BYTES * BLOCK_BYTES)
+    streams = min(streams, budget_bytes // stream_bytes(chunk))
+    if streams < 1:
+        raise UsageError(
+            f"--memory-budget: this run needs at least {stream_bytes(chunk)} bytes a worker, not {budget_bytes}"
+        )
+    return Sizing(streams, chunk, streams * stream_bytes(chunk))
+
+
+def _operand_ratio(tensor: TensorPlan) -> float:
+    """Bytes read for each byte written."""
+    if tensor.rule == "copy":
+        return 1.0
+    operands: list[Operand] = [tensor.target] if tensor.target is not None else []
+    for vector in tensor.vectors:
+        operands += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
+    return sum(item_bytes(operand.dtype) for operand in operands) / item_bytes(tensor.dtype)
+
+
+def bytes_to_read(plan: Plan) -> int:
+    """Bytes of tensor data that a run of the whole plan reads."""
+    return sum(round((tensor.stop - tensor.start) * _operand_ratio(tensor)) for tensor in plan.tensors)

@@ -1,0 +1,155 @@
+"""The worker: reads, computes and writes pieces. No ray in it; every runtime runs this one.
+
+A worker holds a fixed number of streams. A stream takes one piece at a time and goes through it in chunks:
+read the sources into its arena, compute block by block into its output buffers, write those. There is no
+queue between the steps: while one stream waits for the storage another computes, and memory is
+``streams × (arena + output buffers)`` whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from collections import OrderedDict
+from typing import Final
+
+import torch
+from blake3 import blake3
+
+from rv_distributed.errors import PieceError
+from rv_distributed.kernels import Measures
+from rv_distributed.plan import PieceTask
+from rv_distributed.runtime.buffers import Buffer
+from rv_distributed.runtime.chunks import Chunk, cut_chunks
+from rv_distributed.runtime.compute import PartComputer
+from rv_distributed.runtime.model import PieceResult, SpanResult, WorkerConfig
+from rv_distributed.storage.ranges import RangeReader, RangeWriter
+
+_OPEN_FILES: Final = 16
+
+
+class Stopped(Exception):
+    """The worker was told to stop while it made a piece."""
+
+
+class Worker:
+    """Makes pieces. `run` may be called from ``config.streams`` threads at once; more of them wait."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        device = choose_device(config.device)
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self._stop = threading.Event()
+        self._streams: queue.SimpleQueue[_Stream] = queue.SimpleQueue()
+        for _ in range(config.streams):
+            self._streams.put(_Stream(config, device, self._stop))
+
+    def run(self, task: PieceTask) -> PieceResult:
+        """Make one piece and return once its bytes are on the device.
+
+        Raises PieceError when its sources cannot be read or its place cannot be written; Stopped after `stop`.
+        """
+        stream = self._streams.get()
+        try:
+            return stream.make(task, self.name)
+        finally:
+            self._streams.put(stream)
+
+    def stop(self) -> None:
+        """Make all calls of `run` raise Stopped at their next chunk."""
+        self._stop.set()
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu`` or ``cuda``; RuntimeError when CUDA is asked for in vain."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("torch sees no CUDA device here: use --device cpu, or install a CUDA build of torch")
+    return torch.device(device)
+
+
+class _Stream:
+    """The buffers and open files that one piece needs."""
+
+    def __init__(self, config: WorkerConfig, device: torch.device, stop: threading.Event) -> None:
+        self._config = config
+        self._stop = stop
+        self._arena = Buffer(config.chunk_bytes, device)
+        self._outs = [Buffer(config.chunk_bytes, device) for _ in config.outputs]
+        self._computer = PartComputer(config, device)
+        self._readers: OrderedDict[str, RangeReader] = OrderedDict()
+
+    def make(self, task: PieceTask, worker: str) -> PieceResult:
+        hashers = [[blake3() for _ in task.spans] for _ in self._outs]
+        measures = [[Measures() for _ in task.spans] for _ in self._outs]
+        bytes_read = 0
+        writers: list[RangeWriter] = []
+        try:
+            writers += [self._writer(task, folder) for folder in self._config.outputs]
+            for chunk in cut_chunks(task, self._config.chunk_bytes):
+                if self._stop.is_set():
+                    raise Stopped
+                bytes_read += self._read(task, chunk)
+                for out in self._outs:
+                    out.view[: len(chunk.literal)] = chunk.literal
+                for part in chunk.parts:
+                    found = self._computer.compute(task.spans[part.span], part, self._arena, self._outs)
+                    for number, out in enumerate(self._outs):
+                        measures[number][part.span] = measures[number][part.span].plus(found[number])
+                        hashers[number][part.span].update(out.view[part.at : part.at + part.nbytes])
+                for writer, out in zip(writers, self._outs, strict=True):
+                    self._write(task, writer, out, chunk)
+        finally:
+            for writer in writers:
+                writer.close()
+        outputs = tuple(
+            tuple(
+                SpanResult(span.tensor, hasher.hexdigest(), *measured)
+                for span, hasher, measured in zip(task.spans, hashers[number], measures[number], strict=True)
+            )
+            for number in range(len(self._outs))
+        )
+        bytes_written = (task.piece.stop - task.piece.start) * len(self._outs)
+        return PieceResult(task.piece.number, outputs, bytes_read, bytes_written, worker)
+
+    def _read(self, task: PieceTask, chunk: Chunk) -> int:
+        self._arena.grow(chunk.arena_bytes)
+        for read in chunk.reads:
+            try:
+                self._reader(read.path).read(self._arena.view, read.at, read.offset, read.nbytes)
+            except OSError as error:
+                cause = f"cannot be read: {error.strerror or error}"
+                stop = read.offset + read.nbytes
+                raise PieceError(cause, read.path, read.offset, stop, _names(task, chunk)) from error
+        return sum(read.nbytes for read in chunk.reads)
+
+    def _write(self, task: PieceTask, writer: RangeWriter, out: Buffer, chunk: Chunk) -> None:
+        try:
+            writer.write(out.view[: chunk.stop - chunk.start], chunk.start)
+            if chunk.stop == task.piece.stop:
+                writer.flush()
+        except OSError as error:
+            cause = f"cannot be written: {error.strerror or error}"
+            raise PieceError(cause, writer.path, chunk.start, chunk.stop, _names(task, chunk)) from error
+
+    def _reader(self, path: str) -> RangeReader:
+        reader = self._readers.pop(path, None) or RangeReader(path)
+        self._readers[path] = reader
+        if len(self._readers) > _OPEN_FILES:
+            self._readers.popitem(last=False)[1].close()
+        return reader
+
+    def _writer(self, task: PieceTask, folder: str) -> RangeWriter:
+        path = f"{folder}/{task.shard_name}"
+        try:
+            return RangeWriter(path)
+        except OSError as error:
+            cause = f"cannot be opened for writing: {error.strerror or error}"
+            names = tuple(span.name for span in task.spans)
+            raise PieceError(cause, path, task.piece.start, task.piece.stop, names) from error
+
+
+def _names(task: PieceTask, chunk: Chunk) -> tuple[str, ...]:
+    return tuple(task.spans[part.span].name for part in chunk.parts)

@@ -1,0 +1,94 @@
+"""Making files appear whole or not at all: preallocation, durable writes, locks and the final rename."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rv_distributed.errors import OutputError
+
+
+def preallocate(path: str, size: int) -> None:
+    """Create ``path`` with ``size`` bytes of reserved space, or extend it; contents are kept.
+
+    Raises OSError, with ENOSPC when the space is not there.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if os.fstat(fd).st_size != size:
+            os.ftruncate(fd, size)
+        if size:
+            _fallocate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _fallocate(fd: int, size: int) -> None:
+    # os.posix_fallocate writes the whole file where the file system cannot reserve space; the system call
+    # just says so, and then a sparse file has to do.
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    if call is None:
+        return
+    if call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code))
+
+
+def write_durably(path: str, data: bytes) -> None:
+    """Write a whole file and return once it is on the device."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: str) -> None:
+    """Flush a file or a folder to the device."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(staged: str, out: str, *, replaced: str) -> None:
+    """Rename the folder ``staged`` to ``out``. An ``out`` that exists moves to ``replaced`` first and is
+    deleted last, so that at every moment one of the two is whole."""
+    parent = os.path.dirname(out)
+    if os.path.lexists(out):
+        os.rename(out, replaced)
+    os.rename(staged, out)
+    sync(parent)
+    if os.path.lexists(replaced):
+        shutil.rmtree(replaced)
+        sync(parent)
+
+
+@contextmanager
+def locked(path: str, *, subject: str) -> Iterator[None]:
+    """Hold the lock file ``path``; the kernel frees it when the process ends, however it ends.
+
+    Raises OutputError, naming the holder, when another process holds it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 4096, 0).decode(errors="replace") or "unknown"
+            raise OutputError(
+                f"{subject}: another run is writing it ({holder}). Wait for it, or end it first."
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
