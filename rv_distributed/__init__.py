@@ -28,6 +28,7 @@ from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.runtime.select import RunOptions
+from rv_distributed.verify import verify
 
 __version__ = "0.1.0"
 
@@ -58,4 +59,5 @@ __all__ = [
     "open_checkpoint",
     "prepare",
     "transfer",
+    "verify",
 ]

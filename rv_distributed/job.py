@@ -185,7 +185,9 @@ class Job:
             todo = [piece for piece in plan.pieces if piece.number not in kept]
             bytes_total = sum(piece.stop - piece.start for piece in todo) * len(self.outs)
             bytes_read = bytes_written = 0
-            results = self._runtime().run((task_of(plan, piece) for piece in todo), self._worker_config(stagings))
+            results = self._runtime(len(todo)).run(
+                (task_of(plan, piece) for piece in todo), self._worker_config(stagings)
+            )
             for done, result in enumerate(results, 1):
                 for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
                     reducer.add(result.piece, spans)
@@ -208,11 +210,16 @@ class Job:
             measure=True,
         )
 
-    def _runtime(self) -> Runtime:
+    def _runtime(self, pieces: int) -> Runtime:
         if self.runtime == "ray":
             from rv_distributed.runtime.on_ray import RayRuntime
 
-            return RayRuntime(address=self.options.address, workers=self.options.workers, sizing=self.sizing)
+            return RayRuntime(
+                address=self.options.address,
+                workers=self.options.workers,
+                pieces=pieces,
+                buffer_bytes=self.sizing.buffer_bytes,
+            )
         from rv_distributed.runtime.local import LocalRuntime
 
         return LocalRuntime()

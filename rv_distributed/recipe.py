@@ -49,6 +49,12 @@ class Recipe:
                     raise UsageError(f"alpha {alpha} is not a finite float32")
 
 
+def show_alpha(alpha: float) -> str:
+    """The shortest decimal that is ``alpha`` in float32: 0.7, not 0.699999988."""
+    texts = (f"{alpha:.{digits}g}" for digits in range(1, 9))
+    return next((text for text in texts if as_float32(float(text)) == alpha), f"{alpha:.9g}")
+
+
 def as_float32(alpha: float) -> float:
     """``alpha`` rounded to float32, the precision in which it is used; infinity where it overflows."""
     try:

@@ -32,9 +32,10 @@ from rv_distributed.checkpoint.manifest import (
 )
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.sidecars import with_dtype
-from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, write_table
+from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of, shard_digest, write_table
 from rv_distributed.errors import ChangedError, RunError
 from rv_distributed.plan import Plan, TensorPlan
+from rv_distributed.recipe import show_alpha
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging import Staging
 from rv_distributed.storage import open_folder
@@ -122,7 +123,6 @@ class Reducer:
 
     def _row(self, tensor: TensorPlan, parts: tuple[PartDigest, ...], spans: list[SpanResult]) -> TensorRow:
         digests = [part.digest for part in parts] or [NO_BYTES]
-        digest = digests[0] if len(digests) == 1 else _digest_of(digests)
         measured = tensor.rule == "combine"
         changed = sum(span.changed for span in spans)
         return TensorRow(
@@ -132,7 +132,7 @@ class Reducer:
             shard=self._plan.shards[tensor.shard].name,
             start=tensor.start,
             stop=tensor.stop,
-            digest=digest,
+            digest=digest_of(digests),
             parts=parts,
             rule=tensor.rule,
             why=tensor.why,
@@ -169,11 +169,6 @@ def _totals(plan: Plan, rows: list[TensorRow]) -> Totals:
     )
 
 
-def shard_digest(header: bytes, parts: list[str]) -> str:
-    """The digest of a shard from its header and the digests of its tensors' parts, in file order."""
-    return _digest_of([blake3(header).hexdigest(), *parts])
-
-
 def check_unchanged(plan: Plan) -> None:
     """Raise ChangedError when a weight file is not in the state in which the plan saw it."""
     for item in plan.inputs:
@@ -191,18 +186,14 @@ def formula(plan: Plan, alphas: tuple[float, ...]) -> str:
     if plan.operation == "extract":
         return "V = A − B"
     if plan.operation == "transfer":
-        return f"O = T + {alphas[0]:.9g}·(A − B)"
-    return "O = T" + "".join(f" + {alpha:.9g}·V{number}" for number, alpha in enumerate(alphas, 1))
+        return f"O = T + {show_alpha(alphas[0])}·(A − B)"
+    return "O = T" + "".join(f" + {show_alpha(alpha)}·V{number}" for number, alpha in enumerate(alphas, 1))
 
 
 def versions() -> dict[str, str]:
     """The versions that an output's bytes may depend on."""
     packages = ("rv-distributed", "torch", "safetensors", "pyarrow", "blake3")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-def _digest_of(digests: list[str]) -> str:
-    return blake3(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
 
 
 def _finite(value: float) -> float | None:

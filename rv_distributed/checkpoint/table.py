@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
+from blake3 import blake3
+
+#: BLAKE3 of nothing: the digest of a tensor without elements.
+NO_BYTES: Final = blake3(b"").hexdigest()
+
 
 class PartDigest(NamedTuple):
     """A part of a tensor that was written as one, and its digest."""
@@ -101,5 +106,14 @@ def read_table(raw: bytes) -> list[TensorRow]:
         raise ValueError(f"is not a table of tensors: {error}") from None
 
 
-NO_BYTES: Final = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
-"""BLAKE3 of nothing: the digest of a tensor without elements."""
+def digest_of(digests: Sequence[str]) -> str:
+    """The digest of what was written in parts: its own if it is one, else BLAKE3 of their raw digests."""
+    if len(digests) == 1:
+        return digests[0]
+    return blake3(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
+
+
+def shard_digest(header: bytes, parts: Sequence[str]) -> str:
+    """The digest of a shard from its header and the digests of its tensors' parts, in file order."""
+    raw = [blake3(header).digest(), *(bytes.fromhex(digest) for digest in parts)]
+    return blake3(b"".join(raw)).hexdigest()

@@ -1,0 +1,64 @@
+# One command a task; each does all of its own set-up in .venv. `make help` lists them.
+PYTHON ?= python3
+# The torch that tests and demo run with. pyproject.toml states the range that users may have.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow lint format typecheck imports build check-wheel clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --group dev
+	touch $@
+
+demo: $(VENV)/.installed  ## extract, apply and transfer on small checkpoints
+	$(BIN)/rv demo
+
+test: $(VENV)/.dev  ## the tests
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-slow: $(VENV)/.dev  ## the slow tests
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/.dev  ## lint and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.dev  ## strict types
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev  ## the import contract
+	$(BIN)/lint-imports
+
+build: $(VENV)/.dev  ## sdist and wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+
+check-wheel: build  ## install the wheel in an environment of its own and run its demo
+	rm -rf build/wheel-venv
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet --upgrade pip
+	build/wheel-venv/bin/pip install --quiet '$(TORCH)'
+	build/wheel-venv/bin/pip install --quiet dist/*.whl
+	cd build && wheel-venv/bin/rv demo
+
+clean:  ## remove what these commands made
+	rm -rf $(VENV) build dist

@@ -1,0 +1,93 @@
+"""The ``rv`` application: its commands, and the one place where errors become exit statuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from rv_distributed import __version__
+from rv_distributed.cli import demo, inspect, merge, verify
+from rv_distributed.errors import InputError, Interrupted, RunError, RvError, VerifyError
+
+app = typer.Typer(
+    name="rv",
+    help="Add, subtract and transfer the weights of models too large for one GPU or one machine.",
+    epilog="Exit status: 0 done; 1 the run failed, run again to resume; 2 bad arguments or bad input; "
+    "3 verify found a difference; 130 or 143 interrupted, run again to resume.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(merge.extract)
+app.command()(merge.apply)
+app.command()(merge.transfer)
+app.command()(inspect.inspect)
+app.command()(verify.verify)
+app.command()(demo.demo)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run ``rv`` with the process's arguments, and exit with its status."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        status = app(standalone_mode=False)
+    except typer.Exit as done:
+        status = done.exit_code
+    except typer.Abort:
+        status = 130
+    except RvError as error:
+        status = report(error)
+    except KeyboardInterrupt:
+        status = report(Interrupted(signal.SIGINT))
+    except OSError as error:
+        status = report(RunError(f"{error.filename or 'storage'}: {error.strerror or error}"))
+    except Exception as error:
+        # click's own errors know how to show themselves; anything else is a bug and keeps its traceback.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        status = 2
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def report(error: RvError) -> int:
+    """Print an error, as JSON too where that was asked for, and return its exit status."""
+    hint = "\nNothing that was finished is lost: run the same command again to resume."
+    resumable = isinstance(error, (Interrupted, RunError))
+    print(f"rv: {error}{hint if resumable else ''}", file=sys.stderr)
+    if "--json" in sys.argv[1:]:
+        document: dict[str, object] = {
+            "schema_version": 1,
+            "status": "error",
+            "error": {"type": type(error).__name__, "message": str(error), "exit_status": error.exit_status},
+        }
+        if isinstance(error, InputError):
+            document["problems"] = [
+                {"where": p.where, "tensor": p.tensor, "what": p.what, "remedy": p.remedy} for p in error.problems
+            ]
+        if isinstance(error, VerifyError):
+            document["findings"] = [
+                {"file": f.file, "tensor": f.tensor, "start": f.start, "stop": f.stop, "what": f.what}
+                for f in error.findings
+            ]
+        print(json.dumps(document, indent=2))
+    return error.exit_status
+
+
+def _on_sigterm(signum: int, _frame: FrameType | None) -> None:
+    raise Interrupted(signum)

@@ -1,0 +1,90 @@
+"""``rv extract``, ``rv apply`` and ``rv transfer``: flags in, a `Recipe` out, and the shared run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rv_distributed.cli.options import Common, Out, with_common
+from rv_distributed.cli.run import run
+from rv_distributed.errors import UsageError
+from rv_distributed.recipe import Recipe, Vector
+
+Target = Annotated[str, typer.Option("--target", help="Checkpoint that receives the vector.", metavar="PATH")]
+Donor = Annotated[str, typer.Option("--donor", help="Checkpoint A of A − B: has the skill.", metavar="PATH")]
+Reference = Annotated[str, typer.Option("--reference", help="Checkpoint B of A − B: its twin without.", metavar="PATH")]
+Vectors = Annotated[
+    list[str],
+    typer.Option("--vector", help="Stored vector, with or without its own alpha; repeat.", metavar="PATH[=ALPHA]"),
+]
+Alpha = Annotated[
+    str,
+    typer.Option(help="Scale, used as float32. Several, with commas, make one output each.", metavar="NUMBER[,…]"),
+]
+
+
+@with_common
+def extract(donor: Donor, reference: Reference, out: Out, common: Common) -> None:
+    """Store the vector V = A − B of two checkpoints.
+
+    \b
+    Examples:
+      rv extract --donor grpo --reference sft --out vector
+      rv extract --donor grpo --reference sft --out vector-mlp --include '\\.mlp\\.'
+    """
+    run(Recipe("extract", None, (Vector(donor, reference),), ((1.0,),)), [out], common)
+
+
+@with_common
+def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alpha = "1.0") -> None:
+    """Add stored vectors to a model: O = T + Σ αₖ·Vₖ.
+
+    \b
+    Examples:
+      rv apply --target instruct --vector vector --alpha 0.7 --out out
+      rv apply --target instruct --vector math=0.5 --vector code=-0.3 --out out
+    """
+    named = [_split(text) for text in vector]
+    alphas = _alphas(alpha)
+    rows = tuple(tuple(value if own is None else own for _, own in named) for _, value in alphas)
+    run(Recipe("apply", target, tuple(Vector(path) for path, _ in named), rows), _outs(out, alphas), common)
+
+
+@with_common
+def transfer(
+    target: Target, donor: Donor, reference: Reference, out: Out, common: Common, alpha: Alpha = "1.0"
+) -> None:
+    """Move a skill in one pass, storing no vector: O = T + α·(A − B).
+
+    \b
+    Examples:
+      rv transfer --target instruct --donor grpo --reference sft --alpha 0.7 --out out
+      rv transfer --target instruct --donor grpo --reference sft --alpha 0.5,0.7,1.0 --out 'out-{alpha}'
+    """
+    alphas = _alphas(alpha)
+    rows = tuple((value,) for _, value in alphas)
+    run(Recipe("transfer", target, (Vector(donor, reference),), rows), _outs(out, alphas), common)
+
+
+def _split(text: str) -> tuple[str, float | None]:
+    """``PATH=ALPHA`` as its two parts; a path may itself hold an equals sign."""
+    path, equals, alpha = text.rpartition("=")
+    try:
+        return (path, float(alpha)) if equals else (text, None)
+    except ValueError:
+        return text, None
+
+
+def _alphas(text: str) -> list[tuple[str, float]]:
+    """Each alpha as it was written and as a number."""
+    try:
+        return [(part.strip(), float(part)) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--alpha: {text!r} is not a number, or several with commas between them") from None
+
+
+def _outs(template: str, alphas: list[tuple[str, float]]) -> list[str]:
+    if len(alphas) > 1 and "{alpha}" not in template:
+        raise UsageError("--out: several alphas make several outputs; write for instance --out 'out-{alpha}'")
+    return [template.replace("{alpha}", text) for text, _ in alphas]

@@ -1,0 +1,107 @@
+"""The options that all operations share, declared once as the fields of `Common`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from rv_distributed.cli.units import parse_bytes
+from rv_distributed.plan import PlanOptions
+from rv_distributed.runtime.select import DeviceName, RunOptions, RuntimeName
+
+Out = Annotated[str, typer.Option("--out", help="Folder to make; it appears when it is complete.", metavar="PATH")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What every operation takes beside its checkpoints."""
+
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the output: auto (each tensor as in the target), float32, bfloat16 or float16. "
+            "The default is float32 for extract, else auto.",
+            metavar="DTYPE",
+            show_default=False,
+        ),
+    ] = ""
+    max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one output file.", metavar="SIZE")] = "5GB"
+    include: Annotated[
+        str | None, typer.Option(help="Only tensors whose name matches get the vectors.", metavar="REGEX")
+    ] = None
+    exclude: Annotated[
+        str | None, typer.Option(help="Tensors whose name matches do not get the vectors.", metavar="REGEX")
+    ] = None
+    runtime: Annotated[
+        RuntimeName,
+        typer.Option(help="local: this process; ray: worker actors; auto: ray on a cluster or with several GPUs."),
+    ] = "auto"
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to use; without one, ray starts on this machine.", metavar="HOST:PORT"),
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option(help="Threads (local) or actors (ray); the default is what there is.", metavar="N")
+    ] = None
+    device: Annotated[DeviceName, typer.Option(help="auto takes a GPU where a worker has one.")] = "auto"
+    memory_budget: Annotated[
+        str, typer.Option(help="Most memory for the buffers of one worker process.", metavar="SIZE")
+    ] = "512MiB"
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that exists, once the new one is complete.")
+    ] = False
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run left.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False
+    json: Json = False
+    quiet: Quiet = False
+
+    def plan_options(self, default_dtype: str) -> PlanOptions:
+        """The options of the plan. Raises UsageError."""
+        nbytes = parse_bytes(self.max_shard_size, "--max-shard-size")
+        return PlanOptions(self.dtype or default_dtype, nbytes, self.include, self.exclude)
+
+    def run_options(self) -> RunOptions:
+        """The options of the run. Raises UsageError."""
+        return RunOptions(
+            runtime=self.runtime,
+            address=self.address,
+            workers=self.workers,
+            device=self.device,
+            memory_budget_bytes=parse_bytes(self.memory_budget, "--memory-budget"),
+            overwrite=self.overwrite,
+            restart=self.restart,
+        )
+
+
+def with_common(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, whose last parameter is ``common``, the fields of `Common` as options of its own."""
+    hints = get_type_hints(command, include_extras=True)
+    shared = get_type_hints(Common, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        parameter.replace(annotation=hints[name], kind=keyword)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "common"
+    ]
+    added = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=shared[field.name])
+        for field in fields(Common)
+        if field.default is not MISSING
+    ]
+
+    @wraps(command)
+    def wrapped(**values: Any) -> None:
+        common = Common(**{field.name: values.pop(field.name) for field in fields(Common)})
+        command(**values, common=common)
+
+    parameters = sorted([*own, *added], key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped

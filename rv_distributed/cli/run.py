@@ -1,0 +1,146 @@
+"""What all operations share on the command line: plan summary, progress, closing summary, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rv_distributed.checkpoint.manifest import Manifest
+from rv_distributed.cli.options import Common
+from rv_distributed.cli.progress import progress_display
+from rv_distributed.cli.units import show_bytes, show_count, show_seconds
+from rv_distributed.job import Job, prepare
+from rv_distributed.recipe import Recipe
+from rv_distributed.reduce import formula
+
+
+def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
+    """Prepare, show the plan, run, show what became of it. Raises whatever the library raises."""
+    say = not (common.json or common.quiet)
+    began = time.monotonic()
+    plan = common.plan_options(default_dtype="float32" if recipe.operation == "extract" else "auto")
+    job = prepare(recipe, outs, plan, common.run_options())
+    for warning in job.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if say:
+        print(plan_summary(job), flush=True)
+    if common.dry_run:
+        if common.json:
+            print(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))
+        return
+    with progress_display(job, shown=not common.quiet) as show:
+        manifests = job.run(show)
+    if say:
+        print(closing_summary(job, manifests, time.monotonic() - began))
+    if common.json:
+        outputs = [{"path": out, "manifest": asdict(m)} for out, m in zip(job.outs, manifests, strict=True)]
+        document = {"schema_version": 1, "status": "done", "plan": plan_document(job), "outputs": outputs}
+        print(json.dumps(document, indent=2))
+
+
+def plan_summary(job: Job) -> str:
+    """What is going to happen, for people."""
+    rows = [("operation", f"{job.plan.operation}: {'; '.join(formula(job.plan, row) for row in job.plan.alphas)}")]
+    for item in job.plan.inputs:
+        checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
+        facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
+        rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
+    rows += [("output", out) for out in job.outs]
+    shards, pieces = len(job.plan.shards), len(job.plan.pieces)
+    each = " each" if len(job.outs) > 1 else ""
+    rows += [
+        ("tensors", _tensors(job)),
+        ("read", show_bytes(job.bytes_in)),
+        ("write", f"{show_bytes(job.bytes_out)}, in {_plural(shards, 'file')} and {_plural(pieces, 'piece')}{each}"),
+        ("free disk", show_bytes(job.free_bytes())),
+        ("runtime", _runtime(job)),
+    ]
+    if job.plan.left_out:
+        names = ", ".join(name for name, _ in job.plan.left_out[:3])
+        more = ", …" if len(job.plan.left_out) > 3 else ""
+        rows.append(
+            ("left out", f"{_plural(len(job.plan.left_out), 'tensor')} with no place in the output: {names}{more}")
+        )
+    return "\n".join(f"{label:>10}  {text}" for label, text in rows)
+
+
+def _tensors(job: Job) -> str:
+    rules = [tensor.rule for tensor in job.plan.tensors]
+    counts = {"computed": rules.count("combine"), "cast": rules.count("cast"), "copied": rules.count("copy")}
+    text = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    reasons: dict[str, int] = {}
+    for tensor in job.plan.tensors:
+        if tensor.why:
+            reasons[tensor.why] = reasons.get(tensor.why, 0) + 1
+    why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return f"{text or 'none'} ({why})" if why else text
+
+
+def _runtime(job: Job) -> str:
+    buffers = show_bytes(job.sizing.buffer_bytes)
+    if job.runtime == "local":
+        return f"local, {_plural(job.sizing.streams, 'thread')}, {buffers} of buffers"
+    where = job.options.address or "RAY_ADDRESS or this machine"
+    actors = _plural(job.options.workers, "worker") if job.options.workers else "a worker for each GPU or CPU"
+    return f"ray at {where}, {actors}, {buffers} of buffers each"
+
+
+def plan_document(job: Job) -> dict[str, Any]:
+    """The plan as JSON values."""
+    return {
+        "operation": job.plan.operation,
+        "formulas": [formula(job.plan, row) for row in job.plan.alphas],
+        "inputs": [{"role": i.role, "uri": i.uri, "fingerprint": i.fingerprint} for i in job.plan.inputs],
+        "outputs": list(job.outs),
+        "options": dict(job.plan.options),
+        "tensors": len(job.plan.tensors),
+        "computed": sum(tensor.rule == "combine" for tensor in job.plan.tensors),
+        "left_out": [{"tensor": name, "why": why} for name, why in job.plan.left_out],
+        "shards": [{"name": shard.name, "bytes": shard.size} for shard in job.plan.shards],
+        "pieces": len(job.plan.pieces),
+        "bytes_read": job.bytes_in,
+        "bytes_written": job.bytes_out,
+        "free_bytes": job.free_bytes(),
+        "runtime": job.runtime,
+        "buffer_bytes": job.sizing.buffer_bytes,
+        "warnings": list(job.warnings),
+    }
+
+
+def closing_summary(job: Job, manifests: Sequence[Manifest], seconds: float) -> str:
+    """What happened, for people."""
+    timings = manifests[0].timings
+    speed = show_bytes(timings.bytes_written / max(timings.run_s, 1e-9))
+    lines = [
+        f"done in {show_seconds(seconds)}: {show_bytes(timings.bytes_read)} read, "
+        f"{show_bytes(timings.bytes_written)} written ({speed}/s)"
+    ]
+    if timings.pieces_kept:
+        lines.append(f"{timings.pieces_kept} of {timings.pieces} pieces kept from an earlier run")
+    for out, manifest in zip(job.outs, manifests, strict=True):
+        lines += [out, f"    {_measures(manifest)}"]
+    return "\n".join(lines)
+
+
+def _measures(manifest: Manifest) -> str:
+    totals = manifest.totals
+    if not totals.combined:
+        return "no tensor was computed: this is the target"
+    texts = [f"‖v‖ {totals.v_norm:.4g}" if totals.v_norm is not None else "‖v‖ not finite"]
+    if totals.t_norm and totals.v_norm is not None:
+        texts.append(f"‖v‖/‖t‖ {totals.v_norm / totals.t_norm:.3g}")
+    if totals.v_max is not None:
+        texts.append(f"max |v| {totals.v_max:.3g}")
+    share = totals.changed_elements / max(1, totals.parameters)
+    texts.append(f"{share:.1%} of the elements {'not zero' if manifest.operation == 'extract' else 'changed'}")
+    if totals.inexact_elements:
+        texts.append(f"{show_count(totals.inexact_elements)} elements not exact in {manifest.options['dtype']}")
+    return ", ".join(texts)
+
+
+def _plural(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"

@@ -1,0 +1,197 @@
+"""The Ray runtime: worker actors, one a GPU or a CPU each. The only module that imports ray.
+
+The driver holds a short queue of calls on every actor and waits for whichever ends first. Actors are all
+asked for at the start and used as they come up. An actor that dies is replaced, and its pieces go to the
+actors that live; attempts write the same bytes to the same place, so one too many does no harm. Tensor
+bytes never pass through here, nor through Ray's object store: a call carries a `PieceTask` and brings back
+a `PieceResult`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from rv_distributed.errors import RunError, RvError, UsageError, WorkerError
+from rv_distributed.plan import PieceTask
+from rv_distributed.runtime.model import PieceResult, WorkerConfig
+from rv_distributed.runtime.select import usable_cpus
+
+#: Attempts at one piece before the run fails.
+MAX_ATTEMPTS: Final = 3
+#: Ray's smallest object store is 75 MiB, and nothing of ours needs more.
+_OBJECT_STORE_BYTES: Final = 100_000_000
+#: What an actor takes beside its buffers: the interpreter and torch.
+_ACTOR_BYTES: Final = 400 << 20
+
+
+class _Actor:
+    """A `Worker` in a process of its own. `start` is apart from the constructor, whose errors Ray hides."""
+
+    def start(self, config: WorkerConfig) -> str:
+        import torch
+
+        from rv_distributed.runtime.worker import Worker
+
+        torch.set_num_threads(1)
+        self._worker = Worker(config)
+        return self._worker.name
+
+    def run(self, task: PieceTask) -> PieceResult:
+        return self._worker.run(task)
+
+
+class _Call(NamedTuple):
+    """What a running call is for; ``task`` is None for an actor's start."""
+
+    actor: Any
+    task: PieceTask | None
+    attempt: int
+
+
+class RayRuntime:
+    """Runs tasks on actors of a Ray cluster, which it starts on this machine when there is none."""
+
+    def __init__(self, *, address: str | None, workers: int | None, pieces: int, buffer_bytes: int) -> None:
+        self._address = address
+        self._workers = workers
+        self._pieces = pieces
+        self._buffer_bytes = buffer_bytes
+
+    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[PieceResult]:
+        """As `Runtime.run`. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
+        if self._pieces == 0:
+            return
+        started = not ray.is_initialized()
+        if started:
+            self._connect()
+        pool: _Pool | None = None
+        try:
+            pool = self._pool(config)
+            yield from pool.run(iter(tasks))
+        finally:
+            if pool is not None:
+                pool.kill()
+            if started:
+                ray.shutdown()
+
+    def _connect(self) -> None:
+        address = self._address or os.environ.get("RAY_ADDRESS")
+        if address and address.startswith(("http://", "https://")):
+            raise UsageError(
+                f"{address} is the address of Ray's job server; give the cluster's own, as host:port or auto"
+            )
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        try:
+            if address:
+                ray.init(address=address, **common)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=max(usable_cpus(), self._workers or 0),
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    **common,
+                )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UsageError(f"no Ray cluster could be reached at {address or 'this machine'}: {error}") from error
+
+    def _pool(self, config: WorkerConfig) -> _Pool:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0)) if config.device != "cpu" else 0
+        if config.device == "cuda" and gpus == 0:
+            raise UsageError("--device cuda: the Ray cluster has no GPUs; use --device cpu")
+        count = min(self._pieces, self._workers or gpus or max(1, int(resources.get("CPU", 1))))
+        options = {
+            "num_gpus": 1 if gpus else 0,
+            "num_cpus": 1,
+            "memory": _ACTOR_BYTES + self._buffer_bytes,
+            "max_restarts": 0,
+            "max_concurrency": config.streams + 1,
+            "scheduling_strategy": "SPREAD",
+        }
+        return _Pool(replace(config, device="cuda" if gpus else "cpu"), count, options)
+
+
+class _Pool:
+    """The actors of one run, and the calls on them."""
+
+    def __init__(self, config: WorkerConfig, count: int, options: dict[str, Any]) -> None:
+        self._config = config
+        self._options = options
+        self._deaths_left = count + MAX_ATTEMPTS
+        self._calls: dict[Any, _Call] = {}
+        self._ready: list[Any] = []
+        self._alive: list[Any] = []
+        self._requeued: deque[tuple[PieceTask, int]] = deque()
+        for _ in range(count):
+            self._add_actor()
+
+    def run(self, tasks: Iterator[PieceTask]) -> Iterator[PieceResult]:
+        """Yield the results of all tasks, in the order in which they are finished."""
+        self._fill(tasks)
+        while any(call.task is not None for call in self._calls.values()) or not self._ready:
+            for ref in ray.wait(list(self._calls), num_returns=1)[0]:
+                call = self._calls.pop(ref)
+                try:
+                    result = ray.get(ref)
+                except RayTaskError as error:
+                    cause = error.cause
+                    if isinstance(cause, RvError):
+                        raise cause from None
+                    raise RunError(f"a worker failed: {cause!r}") from error
+                except RayError as error:
+                    self._lose(call, error)
+                else:
+                    if call.task is None:
+                        self._ready.append(call.actor)
+                    else:
+                        yield result
+            self._fill(tasks)
+
+    def kill(self) -> None:
+        """End all actors, whatever they are doing."""
+        for actor in self._alive:
+            ray.kill(actor)
+
+    def _add_actor(self) -> None:
+        actor = ray.remote(_Actor).options(**self._options).remote()
+        self._alive.append(actor)
+        self._calls[actor.start.remote(self._config)] = _Call(actor, None, 0)
+
+    def _fill(self, tasks: Iterator[PieceTask]) -> None:
+        """Give every ready actor as many calls as it has streams, and one to wait for its turn."""
+        for depth in range(self._config.streams + 1):
+            for actor in self._ready:
+                held = sum(1 for call in self._calls.values() if call.actor is actor)
+                if held > depth:
+                    continue
+                task, attempt = self._requeued.popleft() if self._requeued else (next(tasks, None), 1)
+                if task is None:
+                    return
+                self._calls[actor.run.remote(task)] = _Call(actor, task, attempt)
+
+    def _lose(self, call: _Call, error: RayError) -> None:
+        """Take an actor out of the pool, requeue its pieces, and ask for another in its place."""
+        if call.actor in self._alive:
+            self._alive.remove(call.actor)
+            if call.actor in self._ready:
+                self._ready.remove(call.actor)
+            ray.kill(call.actor)
+            self._deaths_left -= 1
+            if self._deaths_left <= 0:
+                raise WorkerError(f"workers keep dying; the last one: {error}") from error
+            self._add_actor()
+        if call.task is not None:
+            if call.attempt >= MAX_ATTEMPTS:
+                piece = call.task.piece
+                where = f"{call.task.shard_name}, bytes {piece.start} to {piece.stop}"
+                raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {error}") from error
+            self._requeued.append((call.task, call.attempt + 1))
