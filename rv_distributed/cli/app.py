@@ -44,7 +44,7 @@ def main() -> None:
     """Run ``rv`` with the process's arguments, and exit with its status."""
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="rv", standalone_mode=False)
     except typer.Exit as done:
         status = done.exit_code
     except typer.Abort:

@@ -17,7 +17,12 @@ def demo(
         str | None, typer.Option("--out", help="Folder to work in; the default is a new temporary one.", metavar="PATH")
     ] = None,
 ) -> None:
-    """Make three small checkpoints, then extract, apply, transfer and verify."""
+    """Make three small checkpoints, then extract, apply, transfer and verify.
+
+    \b
+    Example:
+      rv demo --out rv-demo
+    """
     from rv_distributed.demo import ALPHA, run_demo
 
     began = time.monotonic()

@@ -43,8 +43,12 @@ class _Actor:
         self._worker = Worker(config)
         return self._worker.name
 
-    def run(self, task: PieceTask) -> PieceResult:
-        return self._worker.run(task)
+    def run(self, task: PieceTask) -> PieceResult | RvError:
+        # Our errors come back as values: Ray would print each one that the driver no longer waits for.
+        try:
+            return self._worker.run(task)
+        except RvError as error:
+            return error
 
 
 class _Call(NamedTuple):
@@ -68,9 +72,12 @@ class RayRuntime:
         """As `Runtime.run`. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
         if self._pieces == 0:
             return
+        address = self._address or os.environ.get("RAY_ADDRESS") or ""
+        if address.startswith(("http://", "https://")):
+            raise UsageError(f"{address} is the address of a job server; give the cluster's, as host:port or auto")
         started = not ray.is_initialized()
         if started:
-            self._connect()
+            self._connect(address)
         pool: _Pool | None = None
         try:
             pool = self._pool(config)
@@ -81,12 +88,7 @@ class RayRuntime:
             if started:
                 ray.shutdown()
 
-    def _connect(self) -> None:
-        address = self._address or os.environ.get("RAY_ADDRESS")
-        if address and address.startswith(("http://", "https://")):
-            raise UsageError(
-                f"{address} is the address of Ray's job server; give the cluster's own, as host:port or auto"
-            )
+    def _connect(self, address: str) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         try:
@@ -143,13 +145,12 @@ class _Pool:
                 try:
                     result = ray.get(ref)
                 except RayTaskError as error:
-                    cause = error.cause
-                    if isinstance(cause, RvError):
-                        raise cause from None
-                    raise RunError(f"a worker failed: {cause!r}") from error
+                    raise RunError(f"a worker failed: {error.cause!r}") from error
                 except RayError as error:
                     self._lose(call, error)
                 else:
+                    if isinstance(result, RvError):
+                        raise result
                     if call.task is None:
                         self._ready.append(call.actor)
                     else:
@@ -187,11 +188,16 @@ class _Pool:
             ray.kill(call.actor)
             self._deaths_left -= 1
             if self._deaths_left <= 0:
-                raise WorkerError(f"workers keep dying; the last one: {error}") from error
+                raise WorkerError(f"workers keep dying; the last one: {_brief(error)}") from error
             self._add_actor()
         if call.task is not None:
             if call.attempt >= MAX_ATTEMPTS:
                 piece = call.task.piece
                 where = f"{call.task.shard_name}, bytes {piece.start} to {piece.stop}"
-                raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {error}") from error
+                raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {_brief(error)}") from error
             self._requeued.append((call.task, call.attempt + 1))
+
+
+def _brief(error: RayError) -> str:
+    """The first line of an error of Ray's, which explains itself at length."""
+    return str(error).partition("\n")[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -277,3 +276,124 @@ def test_a_file_that_the_library_saved_parses_to_its_tensors(tmp_path: Path) -> 
     for name, (dtype, shape, start, stop) in header.entries.items():
         assert (dtypes[dtype], shape) == (tensors[name].dtype, tuple(tensors[name].shape))
         assert data[start:stop] == tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _pairs(raw: bytes) -> list[tuple[str, Any]]:
+    """The top level of a header, with nested objects as lists of pairs too, so that nothing is lost."""
+    length = int.from_bytes(raw[:8], "little")
+    document: list[tuple[str, Any]] = json.loads(raw[8 : 8 + length], object_pairs_hook=_Pairs)
+    return document
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object; a JSON array is a plain list."""
+
+
+def _repeats(pairs: list[tuple[str, Any]]) -> bool:
+    return len(dict(pairs)) != len(pairs)
+
+
+def _any_entry(raw: bytes, broken: Callable[[Any], bool]) -> bool:
+    return any(broken(entry) for name, entry in _pairs(raw) if name != "__metadata__")
+
+
+#: Where the library reads what the format's text does not allow: each tells whether a file is such a case.
+STRICTER: dict[str, Callable[[bytes], bool]] = {
+    "the header must begin with {": lambda raw: raw[8:9] != b"{",
+    "duplicate tensors are disallowed": lambda raw: _repeats(_pairs(raw)),
+    "duplicate keys of the metadata are disallowed": lambda raw: any(
+        isinstance(fields, _Pairs) and _repeats(fields) for _, fields in _pairs(raw)
+    ),
+    "a tensor is an object": lambda raw: _any_entry(raw, lambda entry: not isinstance(entry, _Pairs)),
+    "a tensor has three keys": lambda raw: _any_entry(raw, lambda entry: len(entry) != 3),
+    "a dtype is a string": lambda raw: _any_entry(raw, lambda entry: not isinstance(dict(entry)["dtype"], str)),
+}
+
+STRICTER_FILES = {
+    "the header must begin with {": b" " + one(),
+    "duplicate tensors are disallowed": one()[:-1] + b"," + one()[1:],
+    "duplicate keys of the metadata are disallowed": b'{"__metadata__":{"k":"1","k":"2"},' + one()[1:],
+    "a tensor is an object": b'{"a":["F32",[2],[0,8]]}',
+    "a tensor has three keys": one()[:-2] + b',"x":1}}',
+    "a dtype is a string": one(dtype='{"F32":null}'),
+}
+
+
+def accepted_by_us(raw: bytes) -> bool:
+    try:
+        parse_file(raw)
+    except HeaderError:
+        return False
+    return True
+
+
+def accepted_by_the_library(raw: bytes) -> bool:
+    try:
+        safetensors.deserialize(raw)
+    except safetensors.SafetensorError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("rule", STRICTER)
+def test_we_are_stricter_than_the_library_where_the_text_is(rule: str) -> None:
+    raw = struct.pack("<Q", len(STRICTER_FILES[rule])) + STRICTER_FILES[rule] + bytes(8)
+    assert STRICTER[rule](raw)
+    assert accepted_by_the_library(raw)
+    assert not accepted_by_us(raw)
+
+
+# No "-" among these and no product beyond 64 bits: there we accept what the library refuses (-0, [2**40, 2**40, 0]).
+INSERTED = st.sampled_from(
+    [b" ", b"0", b"1", b",", b'"', b"{", b"}", b"[", b"]", b".", b"e", b"\\", b"\n", b"\0", b"\xc3"]
+)
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 8, -1, 1.0, True, None, "1", 2**20, 2**64, [1]])
+DTYPE_VALUES = st.sampled_from([*DTYPES, "F33", "f32", "", 4, None, ["F32"], {"F32": None}])
+
+
+@st.composite
+def mutated_files(draw: st.DrawFn) -> bytes:
+    """A valid file after one to three changes: to its values, to its keys, to its bytes or to its length."""
+    entries = draw(layouts(dtypes=("F32", "U8", "BF16", "F4", "I64")).filter(bool))
+    document: dict[str, Any] = {
+        name: {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.stop]}
+        for name, entry in entries.items()
+    }
+    end = max(entry.stop for entry in entries.values())
+    changes = draw(st.lists(st.sampled_from(["value", "keys", "bytes", "data", "length", "none"]), max_size=3))
+    for change in changes:
+        fields = document[draw(st.sampled_from(sorted(entries)))]
+        if change == "value":
+            key = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+            if key == "dtype":
+                fields[key] = draw(DTYPE_VALUES)
+            elif fields.get(key):
+                fields[key][draw(st.integers(0, len(fields[key]) - 1))] = draw(SIZES)
+        elif change == "keys":
+            if draw(st.booleans()):
+                fields["extra"] = draw(st.sampled_from([None, 1, [[]]]))
+            else:
+                fields.pop(draw(st.sampled_from(["dtype", "shape", "data_offsets"])), None)
+    if draw(st.booleans()):
+        document["__metadata__"] = draw(st.one_of(metadatas, st.sampled_from([None, [], "x", {"k": 1}, {"k": None}])))
+    text = json.dumps(document, ensure_ascii=False, indent=draw(st.sampled_from([None, 1]))).encode()
+    length = len(text)
+    for change in changes:
+        at = draw(st.integers(0, len(text)))
+        if change == "bytes":
+            text = text[:at] + draw(INSERTED) + text[at + draw(st.integers(0, 1)) :]
+            length = len(text)
+        elif change == "length":
+            length = max(0, length + draw(st.integers(-2, 2)))
+        elif change == "data":
+            end = max(0, end + draw(st.integers(-2, 2)))
+    return struct.pack("<Q", length) + text + bytes(end)
+
+
+@settings(max_examples=400, derandomize=True, deadline=None)
+@given(mutated_files())
+def test_we_accept_what_the_library_accepts(raw: bytes) -> None:
+    expected = accepted_by_the_library(raw)
+    if expected:
+        expected = not any(stricter(raw) for stricter in STRICTER.values())
+    assert accepted_by_us(raw) == expected

@@ -1,0 +1,186 @@
+"""The command line as a user meets it: real processes, their output and their exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rv_distributed.demo import make_checkpoints
+
+RV = [sys.executable, "-c", "from rv_distributed.cli import main; main()"]
+
+
+def rv(*args: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(
+        [*RV, *map(str, args)], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_checkpoints(str(folder))
+    return folder
+
+
+def transfer_of(models: Path, out: Path, *more: str) -> list[str | Path]:
+    roles = ("target", "donor", "reference")
+    inputs = [text for role in roles for text in (f"--{role}", models / role)]
+    return ["transfer", *inputs, "--out", out, *more]
+
+
+def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
+    commands = {"extract", "apply", "transfer", "inspect", "verify", "demo"}
+    listed = rv("--help")
+    assert listed.returncode == 0
+    assert all(command in listed.stdout for command in commands)
+    for command in commands:
+        shown = rv(command, "--help")
+        assert shown.returncode == 0
+        assert f"rv {command}" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["transfer", "--help"], ["inspect", "MODELS/target"], ["DRY-RUN"]], ids=lambda args: args[0]
+)
+def test_planning_commands_import_neither_torch_nor_ray(args: list[str], models: Path, tmp_path: Path) -> None:
+    wanted = transfer_of(models, tmp_path / "out", "--dry-run") if args == ["DRY-RUN"] else args
+    argv = [str(arg).replace("MODELS", str(models)) for arg in wanted]
+    script = (
+        "import sys\nfrom rv_distributed.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'ray', 'pyarrow'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_extract_apply_and_transfer_agree_and_verify(models: Path, tmp_path: Path) -> None:
+    vector, applied, moved = tmp_path / "vector", tmp_path / "applied", tmp_path / "moved"
+    parents: list[str | Path] = ["--donor", models / "donor", "--reference", models / "reference"]
+    assert rv("extract", *parents, "--out", vector).returncode == 0
+    done = rv("apply", "--target", models / "target", "--vector", f"{vector}=0.7", "--out", applied)
+    assert done.returncode == 0, done.stderr
+    done = rv(*transfer_of(models, moved, "--alpha", "0.7"))
+    assert done.returncode == 0, done.stderr
+    assert "done in" in done.stdout
+    assert "O = T + 0.7·(A − B)" in done.stdout
+    assert (applied / "model.safetensors").read_bytes() == (moved / "model.safetensors").read_bytes()
+    for out in (vector, applied, moved):
+        assert rv("verify", out).returncode == 0
+
+
+def test_several_alphas_make_the_outputs_that_single_runs_make(models: Path, tmp_path: Path) -> None:
+    done = rv(*transfer_of(models, tmp_path / "a-{alpha}", "--alpha", "0,0.5,-1.0"))
+    assert done.returncode == 0, done.stderr
+    for alpha in ("0", "0.5", "-1.0"):
+        assert rv(*transfer_of(models, tmp_path / f"one-{alpha}", f"--alpha={alpha}")).returncode == 0
+        files = [tmp_path / f"{kind}-{alpha}" / "model.safetensors" for kind in ("a", "one")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert rv("verify", tmp_path / f"a-{alpha}").returncode == 0
+
+
+def test_json_puts_one_document_on_stdout(models: Path, tmp_path: Path) -> None:
+    planned = rv(*transfer_of(models, tmp_path / "out", "--json", "--dry-run"))
+    assert json.loads(planned.stdout)["status"] == "planned"
+    assert not (tmp_path / "out").exists()
+    done = json.loads(rv(*transfer_of(models, tmp_path / "out", "--json")).stdout)
+    stored = json.loads((tmp_path / "out" / "rv_manifest.json").read_bytes())
+    assert done["status"] == "done"
+    assert done["outputs"] == [{"path": str(tmp_path / "out"), "manifest": stored}]
+    assert json.loads(rv("verify", tmp_path / "out", "--json").stdout)["status"] == "verified"
+    assert json.loads(rv("inspect", tmp_path / "out", "--json").stdout)["manifest"] == stored
+
+
+def test_bad_input_is_reported_whole_with_status_2_and_nothing_written(models: Path, tmp_path: Path) -> None:
+    inputs: list[str | Path] = ["--target", models / "target"]
+    inputs += ["--donor", tmp_path / "gone", "--reference", tmp_path / "lost"]
+    done = rv("transfer", *inputs, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 2
+    assert [Path(p["where"]).name for p in json.loads(done.stdout)["problems"]] == ["gone", "lost"]
+    assert "2 problems" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--alpha", "much"], "not a number"),
+        (["--alpha", "inf"], "not a finite float32"),
+        (["--alpha", "0.5,0.7"], "{alpha}"),
+        (["--max-shard-size", "big"], "--max-shard-size"),
+        (["--memory-budget", "1kB"], "--memory-budget"),
+        (["--include", "("], "not a regular expression"),
+        (["--include", "nothing matches"], "leave no tensor"),
+        (["--dtype", "int8"], "int8"),
+        (["--workers", "0"], "--workers"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_arguments_exit_with_2_and_say_why(models: Path, tmp_path: Path, more: list[str], told: str) -> None:
+    done = rv(*transfer_of(models, tmp_path / "out", *more))
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused_then_overwritten(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert rv(*transfer_of(models, out, "--alpha", "0.5")).returncode == 0
+    before = (out / "model.safetensors").read_bytes()
+    refused = rv(*transfer_of(models, out, "--alpha", "1"))
+    assert refused.returncode == 2
+    assert "--overwrite" in refused.stderr
+    assert (out / "model.safetensors").read_bytes() == before
+    assert rv(*transfer_of(models, out, "--alpha", "1", "--overwrite")).returncode == 0
+    assert (out / "model.safetensors").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_verify_exits_with_3_and_names_the_tensor_of_a_flipped_byte(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert rv(*transfer_of(models, out)).returncode == 0
+    with open(out / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    done = rv("verify", out, "--json")
+    assert done.returncode == 3
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert finding["tensor"] == "model.norm.weight"
+    assert finding["stop"] == (out / "model.safetensors").stat().st_size
+
+
+def test_a_terminal_gets_a_bar_and_the_output_is_the_same(models: Path, tmp_path: Path) -> None:
+    leader, follower = pty.openpty()
+    argv = [*RV, *map(str, transfer_of(models, tmp_path / "out"))]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=follower, timeout=120, check=False)
+    os.close(follower)
+    drawn = os.read(leader, 65536)
+    os.close(leader)
+    assert done.returncode == 0
+    assert b"MB" in drawn
+    assert b"Traceback" not in drawn
+    assert rv("verify", tmp_path / "out").returncode == 0
+
+
+def test_the_demo_ends_with_the_same_bytes_both_ways(tmp_path: Path) -> None:
+    done = rv("demo", "--out", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    assert "applied and transferred: the same bytes" in done.stdout
+    again = rv("demo", "--out", tmp_path / "demo")
+    assert again.returncode == 2
+    assert "already exists" in again.stderr

@@ -1,0 +1,132 @@
+"""The Ray runtime on a Ray of this machine: the same bytes, dead workers, and what it asks Ray for."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rv_distributed as rv
+from rv_distributed.demo import make_checkpoints
+from rv_distributed.plan import PIECE_ALIGNMENT, PieceTask, PlanOptions, task_of
+from rv_distributed.runtime.model import WorkerConfig
+from rv_distributed.runtime.on_ray import RayRuntime
+from rv_distributed.storage.publish import preallocate
+
+SMALL = PlanOptions(max_shard_bytes=5_000_000, piece_bytes=PIECE_ALIGNMENT)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            address="local",
+            num_cpus=6,
+            num_gpus=0,
+            object_store_memory=80 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_checkpoints(str(folder))
+    return folder
+
+
+def run(models: Path, out: Path, **how: Any) -> rv.Manifest:
+    target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
+    options = rv.RunOptions(**how)
+    return rv.transfer(target, donor, reference, str(out), alpha=0.7, plan_options=SMALL, run_options=options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifest, whose times differ."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "rv_manifest.json"}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_both_runtimes_give_the_same_folders_for_any_number_of_workers(models: Path, tmp_path: Path) -> None:
+    run(models, tmp_path / "local", runtime="local")
+    expected = contents(tmp_path / "local")
+    assert len(expected) == 7  # three shards, index, table, card, config, and nothing else
+    for workers in (1, 2, 5):
+        run(models, tmp_path / f"ray-{workers}", runtime="ray", workers=workers)
+        run(models, tmp_path / f"local-{workers}", runtime="local", workers=workers)
+        assert contents(tmp_path / f"ray-{workers}") == expected
+        assert contents(tmp_path / f"local-{workers}") == expected
+
+
+def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, rv.Job]:
+    """Tasks and configuration of a run whose shards are ready in ``folder``."""
+    target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
+    recipe = rv.Recipe("transfer", target, (rv.Vector(donor, reference),), ((0.7,),))
+    job = rv.prepare(recipe, [str(folder / "out")], SMALL, rv.RunOptions(runtime="ray"))
+    for shard in job.plan.shards:
+        preallocate(str(folder / shard.name), shard.size)
+    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", job.sizing.streams, job.sizing.chunk_bytes, True)
+    return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
+
+
+@pytest.mark.usefixtures("cluster")
+def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) -> None:
+    tasks, config, job = staged(models, tmp_path)
+    runtime = RayRuntime(address=None, workers=2, pieces=len(tasks), buffer_bytes=job.sizing.buffer_bytes)
+    killed, done = 0, set()
+    for result in runtime.run(iter(tasks), config):
+        done.add(result.piece)
+        if killed < 2:
+            os.kill(int(result.worker.rpartition(":")[2]), signal.SIGKILL)
+            killed += 1
+    assert killed == 2
+    assert done == {task.piece.number for task in tasks}
+    run(models, tmp_path / "whole", runtime="local")
+    for shard in job.plan.shards:
+        assert (tmp_path / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_always_die_end_the_run(models: Path, tmp_path: Path) -> None:
+    tasks, config, job = staged(models, tmp_path)
+    runtime = RayRuntime(address=None, workers=1, pieces=len(tasks), buffer_bytes=job.sizing.buffer_bytes)
+    results = runtime.run(iter(tasks), config)
+    with pytest.raises(rv.WorkerError, match=r"died making it|keep dying"):
+        deque(os.kill(int(result.worker.rpartition(":")[2]), signal.SIGKILL) for result in results)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_piece_that_cannot_be_read_fails_at_once_with_its_own_error(models: Path, tmp_path: Path) -> None:
+    tasks, config, job = staged(models, tmp_path)
+    gone = tmp_path / job.plan.shards[0].name
+    gone.unlink()
+    runtime = RayRuntime(address=None, workers=2, pieces=len(tasks), buffer_bytes=job.sizing.buffer_bytes)
+    with pytest.raises(rv.PieceError) as caught:
+        list(runtime.run(iter(tasks), config))
+    assert caught.value.file == str(gone)
+    assert caught.value.tensors
+
+
+@pytest.mark.usefixtures("cluster")
+def test_cuda_is_refused_where_the_cluster_has_none(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(rv.UsageError, match="no GPUs"):
+        run(models, tmp_path / "out", runtime="ray", device="cuda")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreachable_cluster_is_a_usage_error(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(rv.UsageError, match="job server"):
+        run(models, tmp_path / "out", runtime="ray", address="http://127.0.0.1:8265")

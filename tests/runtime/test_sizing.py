@@ -1,0 +1,108 @@
+"""Buffers: as large as they help, never above the budget, and refused when even the smallest do not fit."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import described
+
+from rv_distributed.errors import UsageError
+from rv_distributed.plan import Plan, PlanOptions, make_plan
+from rv_distributed.recipe import Recipe, Vector
+from rv_distributed.runtime.model import BLOCK_BYTES
+from rv_distributed.runtime.sizing import CHUNK_BYTES, DEFAULT_BUDGET_BYTES, bytes_to_read, size_buffers
+
+MIB = 1 << 20
+
+
+def plan_of(
+    elements: int, *, donor: str = "BF16", reference: str = "BF16", outputs: int = 1, out: str = "auto"
+) -> Plan:
+    opened = {
+        "t": described("/t", {"x": ("BF16", (elements,)), "ids": ("I64", (2,))}),
+        "a": described("/a", {"x": (donor, (elements,))}),
+        "b": described("/b", {"x": (reference, (elements,))}),
+    }
+    alphas = tuple((float(number),) for number in range(1, outputs + 1))
+    return make_plan(Recipe("transfer", "t", (Vector("a", "b"),), alphas), opened, PlanOptions(dtype=out))
+
+
+def least_bytes(plan: Plan) -> int:
+    """What one stream with the smallest chunks takes, found from outside."""
+    low, high = 0, 1 << 40
+    while low + 1 < high:
+        middle = (low + high) // 2
+        try:
+            size_buffers(plan, streams=1, budget_bytes=middle)
+            high = middle
+        except UsageError:
+            low = middle
+    return high
+
+
+@given(
+    st.integers(0, 10**10),
+    st.integers(1, 64),
+    st.integers(0, 2**33),
+    st.integers(1, 5),
+    st.sampled_from(["BF16", "F32"]),
+)
+def test_buffers_stay_within_the_budget_and_on_block_borders(
+    elements: int, streams: int, budget: int, outputs: int, dtype: str
+) -> None:
+    plan = plan_of(elements, donor=dtype, reference=dtype, outputs=outputs)
+    try:
+        sizing = size_buffers(plan, streams=streams, budget_bytes=budget)
+    except UsageError:
+        # Three operands and the outputs, of a chunk of one block each, and the kernels' scratch space.
+        assert budget < BLOCK_BYTES * (1 + 4 + outputs) + 2 * (4 + outputs) * BLOCK_BYTES
+        return
+    assert 1 <= sizing.streams <= streams
+    assert sizing.buffer_bytes <= budget
+    assert sizing.chunk_bytes % BLOCK_BYTES == 0
+    assert BLOCK_BYTES <= sizing.chunk_bytes <= CHUNK_BYTES
+    assert sizing.buffer_bytes >= sizing.streams * sizing.chunk_bytes * (3 + outputs)
+
+
+def test_the_default_budget_gives_full_chunks_to_eight_streams() -> None:
+    sizing = size_buffers(plan_of(10**9), streams=8, budget_bytes=DEFAULT_BUDGET_BYTES)
+    assert (sizing.streams, sizing.chunk_bytes) == (8, CHUNK_BYTES)
+
+
+def test_the_buffers_do_not_grow_with_the_model() -> None:
+    small, large = (size_buffers(plan_of(n), streams=4, budget_bytes=DEFAULT_BUDGET_BYTES) for n in (10**8, 10**12))
+    assert small == large
+
+
+def test_a_small_model_gets_small_chunks() -> None:
+    sizing = size_buffers(plan_of(10), streams=4, budget_bytes=DEFAULT_BUDGET_BYTES)
+    assert sizing.chunk_bytes == BLOCK_BYTES
+
+
+def test_chunks_shrink_before_streams_are_given_up() -> None:
+    plan = plan_of(10**9)
+    least = least_bytes(plan)
+    full = size_buffers(plan, streams=1, budget_bytes=1 << 40)
+    squeezed = size_buffers(plan, streams=3, budget_bytes=full.buffer_bytes)
+    assert squeezed.streams == 3 or squeezed.chunk_bytes == BLOCK_BYTES
+    assert squeezed.chunk_bytes < full.chunk_bytes
+    assert size_buffers(plan, streams=8, budget_bytes=2 * least)[:2] == (2, BLOCK_BYTES)
+    assert size_buffers(plan, streams=8, budget_bytes=8 * least)[:2] == (8, BLOCK_BYTES)
+
+
+def test_a_budget_too_small_is_refused_with_what_would_do() -> None:
+    plan = plan_of(10**9)
+    least = least_bytes(plan)
+    with pytest.raises(UsageError, match=f"at least {least} bytes.*not {least - 1}"):
+        size_buffers(plan, streams=4, budget_bytes=least - 1)
+    assert size_buffers(plan, streams=4, budget_bytes=least).streams == 1
+
+
+@pytest.mark.parametrize(
+    ("donor", "reference", "out", "read_per_element"),
+    [("BF16", "BF16", "auto", 6), ("F32", "F32", "auto", 10), ("F32", "BF16", "float32", 8)],
+)
+def test_bytes_to_read_counts_every_operand_once(donor: str, reference: str, out: str, read_per_element: int) -> None:
+    plan = plan_of(1000, donor=donor, reference=reference, out=out)
+    assert bytes_to_read(plan) == 1000 * read_per_element + 16
