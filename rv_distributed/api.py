@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.job import ProgressCallback, prepare
@@ -20,22 +19,20 @@ def extract(
     reference: str,
     out: str,
     *,
-    dtype: str = "float32",
     plan_options: PlanOptions | None = None,
     run_options: RunOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
     """Write the vector ``V = A − B`` of two checkpoints, as a checkpoint of its own.
 
-    In float32, the default, applying it gives the same bytes as `transfer`; in bfloat16 it takes half the
-    space and the manifest counts the elements that were not exact.
+    In float32, the default, applying it gives the same bytes as `transfer`; with ``PlanOptions(dtype="bfloat16")``
+    it takes half the space and the manifest counts the elements that were not exact.
 
     Raises UsageError, InputError and OutputError before anything is written; RunError, with what was
     finished kept for the next call, afterwards.
     """
     recipe = Recipe("extract", None, (Vector(donor, reference),), ((1.0,),))
-    options = replace(plan_options or PlanOptions(), dtype=dtype)
-    return prepare(recipe, [out], options, run_options or RunOptions()).run(progress)[0]
+    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress)[0]
 
 
 def apply(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 from rv_distributed.checkpoint.manifest import Manifest, Timings
@@ -52,7 +53,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     ``outs`` are the output folders, one for each row of ``recipe.alphas``. Raises UsageError, InputError
     with the problems of all inputs, and OutputError.
     """
-    if len(outs) != len(recipe.alphas) or len(set(map(os.path.abspath, outs))) != len(outs):
+    if len(outs) != len(recipe.alphas):
         raise UsageError("give each alpha an output of its own")
     opened = _open_all(recipe)
     _check_places(outs, opened, run_options)
@@ -91,7 +92,11 @@ def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
 
 
 def _check_places(outs: Sequence[str], opened: Mapping[str, Checkpoint], options: RunOptions) -> None:
-    for out in map(os.path.abspath, outs):
+    places = sorted(map(os.path.abspath, outs))
+    for out, other in combinations(places, 2):
+        if os.path.commonpath([out, other]) == out:
+            raise UsageError(f"--out: {other} lies in {out}; give each alpha a folder beside the others")
+    for out in places:
         for checkpoint in opened.values():
             real = os.path.realpath(checkpoint.uri)
             if os.path.commonpath([os.path.realpath(out), real]) in (real, os.path.realpath(out)):
@@ -185,9 +190,9 @@ class Job:
             todo = [piece for piece in plan.pieces if piece.number not in kept]
             bytes_total = sum(piece.stop - piece.start for piece in todo) * len(self.outs)
             bytes_read = bytes_written = 0
-            results = self._runtime(len(todo)).run(
-                (task_of(plan, piece) for piece in todo), self._worker_config(stagings)
-            )
+            tasks = (task_of(plan, piece) for piece in todo)
+            # Closed before the stagings are: no worker may write once another run can take the place.
+            results = stack.enter_context(closing(self._runtime(len(todo)).run(tasks, self._worker_config(stagings))))
             for done, result in enumerate(results, 1):
                 for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
                     reducer.add(result.piece, spans)

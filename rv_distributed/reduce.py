@@ -34,6 +34,7 @@ from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.sidecars import with_dtype
 from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of, shard_digest, write_table
 from rv_distributed.errors import ChangedError, RunError
+from rv_distributed.measures import largest
 from rv_distributed.plan import Plan, TensorPlan
 from rv_distributed.recipe import show_alpha
 from rv_distributed.runtime.model import SpanResult
@@ -138,7 +139,7 @@ class Reducer:
             why=tensor.why,
             v_norm=math.sqrt(sum(span.v_sq for span in spans)) if measured else None,
             t_norm=math.sqrt(sum(span.t_sq for span in spans)) if measured and tensor.target else None,
-            v_max=max((span.v_max for span in spans), default=0.0) if measured else None,
+            v_max=largest(span.v_max for span in spans) if measured else None,
             changed=changed if measured else None,
             changed_fraction=changed / max(1, math.prod(tensor.shape)) if measured else None,
             inexact=sum(span.inexact for span in spans) if measured else None,
@@ -163,14 +164,14 @@ def _totals(plan: Plan, rows: list[TensorRow]) -> Totals:
         data_bytes=plan.data_bytes,
         v_norm=_finite(math.hypot(*(row.v_norm or 0.0 for row in rows))),
         t_norm=_finite(math.hypot(*(row.t_norm or 0.0 for row in rows))),
-        v_max=_finite(max((row.v_max or 0.0 for row in rows), default=0.0)),
+        v_max=_finite(largest(row.v_max or 0.0 for row in rows)),
         changed_elements=sum(row.changed or 0 for row in rows),
         inexact_elements=sum(row.inexact or 0 for row in rows),
     )
 
 
 def check_unchanged(plan: Plan) -> None:
-    """Raise ChangedError when a weight file is not in the state in which the plan saw it."""
+    """Raise ChangedError when an input file is not in the state in which the plan saw it."""
     for item in plan.inputs:
         folder = open_folder(item.uri)
         for file in item.files:
@@ -203,10 +204,11 @@ def _finite(value: float) -> float | None:
 def _license_of(checkpoint: Checkpoint) -> str | None:
     """The licence in the metadata of a checkpoint's own model card, if it has one."""
     from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
     try:
         found = metadata_load(os.path.join(checkpoint.uri, _CARD_FILE)) or {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):
         return None
     license_name = found.get("license")
     return license_name if isinstance(license_name, str) else None

@@ -20,7 +20,7 @@ from blake3 import blake3
 from rv_distributed.errors import OutputError
 from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
-from rv_distributed.storage.publish import locked, preallocate, publish, sync, write_durably
+from rv_distributed.storage.publish import locked, preallocate, publish, remove, sync, write_durably
 
 _READ_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 4
@@ -50,26 +50,33 @@ class Staging:
         with ExitStack() as stack:
             stack.enter_context(locked(os.path.join(self._work, "lock"), subject=self.out))
             self._claim(identity, restart)
-            self._journal = stack.enter_context(open(self._journal_path, "a", encoding="utf-8"))
+            self._journal = stack.enter_context(open(self._journal_path, "a+", encoding="utf-8"))
+            # A record that a crash tore must not take the next one with it.
+            self._journal.write("\n")
             self._closing = stack.pop_all()
 
     def _claim(self, identity: Mapping[str, Any], restart: bool) -> None:
         path = os.path.join(self._work, "plan.json")
         if os.path.exists(path) and not restart:
-            with open(path, encoding="utf-8") as file:
-                held = json.load(file)
+            try:
+                with open(path, encoding="utf-8") as file:
+                    held = json.load(file)
+            except ValueError as error:
+                raise OutputError(
+                    f"{path}: what an unfinished run was making cannot be read ({error}). "
+                    "Give --restart to throw its pieces away."
+                ) from None
             if held != json.loads(json.dumps(identity)):
                 difference = _difference(held, identity)
                 raise OutputError(
                     f"{self.out}: an unfinished run was begun with other inputs or options ({difference}). "
                     "Run that command again to finish it, or give --restart to throw its pieces away."
                 )
+            # It is gone when the run was stopped between publishing and cleaning up.
+            os.makedirs(self.folder, exist_ok=True)
             return
-        for stale in (self._journal_path, path):
-            if os.path.exists(stale):
-                os.remove(stale)
-        if os.path.exists(self.folder):
-            shutil.rmtree(self.folder)
+        for stale in (path, self._journal_path, self.folder):
+            remove(stale)
         os.makedirs(self.folder)
         write_durably(path, json.dumps(identity, indent=2).encode())
 

@@ -126,7 +126,8 @@ def test_alpha_zero_gives_the_target_s_bytes(family: Family, tmp_path: Path) -> 
 def test_extract_has_the_reference_bits_and_the_donor_s_order(family: Family, tmp_path: Path) -> None:
     for dtype, name in (("float32", "F32"), ("bfloat16", "BF16")):
         out = tmp_path / dtype
-        manifest = rv.extract(family.donor, family.reference, str(out), dtype=dtype, plan_options=PLAN, run_options=LOCAL)
+        options = replace(PLAN, dtype=dtype)
+        manifest = rv.extract(family.donor, family.reference, str(out), plan_options=options, run_options=LOCAL)
         wanted = {key: extracted(family.a[key], family.b[key], name) for key in DONOR if key != "extra"}
         assert_same(read_checkpoint(out), wanted)
         exact = {key: extracted(family.a[key], family.b[key], "F32") for key in wanted}
@@ -192,7 +193,7 @@ def test_the_index_names_every_tensor_s_shard(family: Family, tmp_path: Path) ->
     assert index["metadata"]["total_size"] == sum(len(raw.data) for raw in family.t.values())
     wanted, loaded = family.wanted(0.7), 0
     for shard in sorted(set(index["weight_map"].values())):
-        with safetensors.safe_open(tmp_path / "out" / shard, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(tmp_path / "out" / shard, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
             assert set(file.keys()) == {name for name, where in index["weight_map"].items() if where == shard}
             for name in file.keys():  # noqa: SIM118 - the library's handle is not a mapping
@@ -318,3 +319,22 @@ def test_bfloat16_inputs_of_a_whole_family_agree_with_float32_arithmetic(tmp_pat
     rv.transfer(uris[0], uris[1], uris[2], str(tmp_path / "out"), alpha=0.7, plan_options=PLAN, run_options=LOCAL)
     exact = widen(t["x"]) + np.float32(0.7) * (widen(a["x"]) - widen(b["x"]))
     assert read_checkpoint(tmp_path / "out")["x"].data == narrow(exact, "BF16")
+
+
+@pytest.mark.parametrize("card", [b"---\nlicense: [a\nb: : :\n---\n", b"---\n- a\n---\n", b"\xff\xfe", b""])
+def test_a_target_whose_card_is_broken_is_still_a_target(tmp_path: Path, card: bytes) -> None:
+    model = {"x": weights(np.random.default_rng(61), "F32", (9,))}
+    target = write_checkpoint(tmp_path / "t", model, sidecars={"README.md": card})
+    vector = write_checkpoint(tmp_path / "v", model)
+    rv.apply(target, {vector: 1.0}, str(tmp_path / "out"), run_options=LOCAL)
+    assert_same(read_checkpoint(tmp_path / "out"), {"x": combined(model["x"], [(model["x"], None)], [1.0])})
+
+
+def test_a_vector_with_nan_has_no_norm_and_no_maximum_in_the_manifest(tmp_path: Path) -> None:
+    model = {"x": Raw("F32", (4,), np.array([1, np.nan, 5, 2], np.float32).tobytes())}
+    zeros = {"x": Raw("F32", (4,), bytes(16))}
+    target, vector = write_checkpoint(tmp_path / "t", zeros), write_checkpoint(tmp_path / "v", model)
+    manifest = rv.apply(target, {vector: 1.0}, str(tmp_path / "out"), run_options=LOCAL)
+    assert_same(read_checkpoint(tmp_path / "out"), model)
+    assert manifest.totals.v_norm is None
+    assert manifest.totals.v_max is None

@@ -26,12 +26,10 @@ class Common:
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of the output: auto (each tensor as in the target), float32, bfloat16 or float16. "
-            "The default is float32 for extract, else auto.",
+            help="Of the output: auto (as in the target; float32 for a vector), float32, bfloat16 or float16.",
             metavar="DTYPE",
-            show_default=False,
         ),
-    ] = ""
+    ] = "auto"
     max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one output file.", metavar="SIZE")] = "5GB"
     include: Annotated[
         str | None, typer.Option(help="Only tensors whose name matches get the vectors.", metavar="REGEX")
@@ -62,10 +60,10 @@ class Common:
     json: Json = False
     quiet: Quiet = False
 
-    def plan_options(self, default_dtype: str) -> PlanOptions:
+    def plan_options(self) -> PlanOptions:
         """The options of the plan. Raises UsageError."""
         nbytes = parse_bytes(self.max_shard_size, "--max-shard-size")
-        return PlanOptions(self.dtype or default_dtype, nbytes, self.include, self.exclude)
+        return PlanOptions(self.dtype, nbytes, self.include, self.exclude)
 
     def run_options(self) -> RunOptions:
         """The options of the run. Raises UsageError."""

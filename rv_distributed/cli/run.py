@@ -22,8 +22,7 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
     """Prepare, show the plan, run, show what became of it. Raises whatever the library raises."""
     say = not (common.json or common.quiet)
     began = time.monotonic()
-    plan = common.plan_options(default_dtype="float32" if recipe.operation == "extract" else "auto")
-    job = prepare(recipe, outs, plan, common.run_options())
+    job = prepare(recipe, outs, common.plan_options(), common.run_options())
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if say:

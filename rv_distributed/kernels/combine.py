@@ -10,43 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
+
+from rv_distributed.measures import Measures
 
 TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BITS: Final = {2: torch.int16, 4: torch.int32}
 #: Squares below this leave float32's normal range, and sums of them lose what they should measure.
 _SMALL: Final = 1e-15
-
-
-class Measures(NamedTuple):
-    """What one block tells of the vector ``v`` and the target ``t``; blocks are added up by `plus`.
-
-    ``v`` is ``d`` when there is one vector, and ``acc − t`` when there are several.
-    """
-
-    v_sq: float = 0.0
-    """Σ v². Summed in float32 inside a block, in float64 over blocks."""
-    t_sq: float = 0.0
-    """Σ t²."""
-    v_max: float = 0.0
-    """max |v|."""
-    changed: int = 0
-    """Elements whose bits differ from the target's (values, when the dtypes differ); non-zero ones of a
-    vector."""
-    inexact: int = 0
-    """Elements of a stored vector that its dtype could not hold exactly."""
-
-    def plus(self, other: Measures) -> Measures:
-        return Measures(
-            self.v_sq + other.v_sq,
-            self.t_sq + other.t_sq,
-            max(self.v_max, other.v_max),
-            self.changed + other.changed,
-            self.inexact + other.inexact,
-        )
 
 
 class Combiner:
@@ -129,7 +103,8 @@ class Combiner:
             return int(torch.count_nonzero(self._part(3, out).copy_(out).ne(t)))
         # Comparing bits as integers is several times faster than torch.ne, and tells −0 from 0 as well.
         bits = _BITS[out.element_size()]
-        return int(torch.count_nonzero(out.view(bits) ^ target.view(bits)))
+        different = self._part(3, out).view(bits)[: out.numel()]
+        return int(torch.count_nonzero(torch.bitwise_xor(out.view(bits), target.view(bits), out=different)))
 
 
 def _size(v: Tensor) -> tuple[float, float]:

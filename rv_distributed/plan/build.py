@@ -15,7 +15,7 @@ from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
 from rv_distributed.errors import InputError, Problem, UsageError
-from rv_distributed.plan.layout import PIECE_BYTES, cut_pieces, lay_out
+from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
 from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
 from rv_distributed.recipe import Recipe, as_float32
 
@@ -27,7 +27,8 @@ class PlanOptions:
     """The options that decide what is written."""
 
     dtype: str = "auto"
-    """Of the output's F16, BF16 and F32 tensors: float32, bfloat16, float16, or auto for the frame's own."""
+    """Of the output's F16, BF16 and F32 tensors: float32, bfloat16, float16, or auto: the target's own, tensor
+    by tensor, and float32 for a vector."""
     max_shard_bytes: int = 5_000_000_000
     """Most tensor data in one shard; a larger tensor gets a shard to itself."""
     include: str | None = None
@@ -42,6 +43,8 @@ class PlanOptions:
             raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(sorted(FROM_USER))}")
         if self.max_shard_bytes <= 0:
             raise UsageError("the largest shard must have a positive size")
+        if self.piece_bytes <= 0 or self.piece_bytes % PIECE_ALIGNMENT:
+            raise UsageError(f"pieces must be multiples of 1 MiB, not {self.piece_bytes} bytes")
         for pattern in (self.include, self.exclude):
             try:
                 re.compile(pattern or "")
@@ -76,16 +79,17 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     ]
     frame = opened[recipe.target if recipe.target is not None else recipe.vectors[0].plus]
     extracting = recipe.target is None
+    wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
 
     problems: list[Problem] = []
     left_out = _only_elsewhere(frame, pairs)
     planned: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
     for name, tensor in frame.tensors.items():
-        operands, why = _match(name, tensor, pairs, options, problems, extracting=extracting)
+        operands, why = _match(frame, name, tensor, pairs, options, problems, extracting=extracting)
         if extracting and not operands:
             left_out.append((name, why))
             continue
-        dtype = FROM_USER[options.dtype] if options.dtype != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
+        dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
         rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype else "cast"
         planned.append((name, tensor, rule, dtype, operands, why))
     if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
@@ -122,7 +126,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         pieces=cut_pieces([shard.size for shard in shards], options.piece_bytes),
         left_out=tuple(left_out),
         options=(
-            ("dtype", options.dtype),
+            ("dtype", wanted),
             ("max_shard_bytes", str(options.max_shard_bytes)),
             ("include", options.include or ""),
             ("exclude", options.exclude or ""),
@@ -131,6 +135,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
 
 def _match(
+    frame: Checkpoint,
     name: str,
     tensor: Tensor,
     pairs: Sequence[_Pair],
@@ -144,7 +149,7 @@ def _match(
         return (), "alpha is 0"
     if not options.selects(name):
         return (), "not selected by --include and --exclude"
-    operands, why = [], "not in any vector"
+    operands, why, blamed = [], "not in any vector", False
     for pair in pairs:
         plus = pair.plus.tensors.get(name)
         minus = pair.minus.tensors.get(name) if pair.minus is not None else None
@@ -156,14 +161,14 @@ def _match(
         if not DTYPES[tensor.dtype].is_float:
             why = f"{tensor.dtype} is not a floating-point dtype"
             continue
-        sound = True
-        if tensor.dtype not in ARITHMETIC:
-            problems.append(_cannot_compute(pair.plus.uri, name, tensor.dtype))
-            sound = False
+        sound = tensor.dtype in ARITHMETIC
+        if not sound and not blamed:
+            problems.append(_cannot_compute(frame.uri, name, tensor.dtype))
+            blamed = True
         for checkpoint, other in present:
             if other.shape != tensor.shape:
-                frame = "donor" if extracting else "target"
-                what = f"has shape {list(other.shape)}, but {list(tensor.shape)} in the {frame}"
+                against = "donor" if extracting else "target"
+                what = f"has shape {list(other.shape)}, but {list(tensor.shape)} in the {against}"
                 remedy = "Check that the inputs are the same model, or leave the tensor out with --exclude."
                 problems.append(Problem(checkpoint.uri, what, remedy, name))
                 sound = False
@@ -210,6 +215,12 @@ def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> tuple[PlannedIn
         else:
             roles += [("donor", vector.plus), ("reference", vector.minus)]
     return tuple(
-        PlannedInput(role, opened[uri].uri, opened[uri].fingerprint, opened[uri].revision, opened[uri].weight_files)
-        for role, uri in roles
+        PlannedInput(
+            role,
+            opened[uri].uri,
+            opened[uri].fingerprint,
+            opened[uri].revision,
+            opened[uri].weight_files + (opened[uri].sidecars if number == 0 else ()),
+        )
+        for number, (role, uri) in enumerate(roles)
     )

@@ -106,7 +106,7 @@ class PlannedInput(NamedTuple):
     fingerprint: str
     revision: str | None
     files: tuple[FileState, ...]
-    """Weight files: their states are compared again before anything is published."""
+    """What is read of it: states are compared again before anything is published."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from typing import Final
 import torch
 
 from rv_distributed.checkpoint.dtypes import item_bytes
-from rv_distributed.kernels import Combiner, Measures
+from rv_distributed.kernels import Combiner
 from rv_distributed.kernels.combine import TORCH_DTYPES
+from rv_distributed.measures import Measures
 from rv_distributed.plan import Span
 from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Part
@@ -39,9 +40,13 @@ class PartComputer:
         )
         self._cuda_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def compute(self, span: Span, part: Part, arena: Buffer, outs: Sequence[Buffer]) -> list[Measures]:
-        """Fill the part's bytes in each output buffer; what was measured, by output."""
-        totals = [Measures()] * len(outs)
+    def compute(
+        self, span: Span, part: Part, arena: Buffer, outs: Sequence[Buffer], totals: list[Measures]
+    ) -> list[Measures]:
+        """Fill the part's bytes in each output buffer; ``totals`` of the span so far, by output, and the part's.
+
+        Block after block is added to the totals, so that the sums do not depend on how a span is cut in parts.
+        """
         if span.rule == "copy":
             source = arena.view[part.target : part.target + part.nbytes]
             for out in outs:
@@ -55,6 +60,11 @@ class PartComputer:
                 place = part.at - part.skip + done * item
                 border = (place // self._block_bytes + 1) * self._block_bytes
                 count = min(max(1, (border - place) // item), part.elements - done)
+                if done == 0 and part.skip:
+                    # A border cut through this element: the part before it has measured it.
+                    self._block(span, part, arena, outs, 0, 1)
+                    done = 1
+                    continue
                 measured = self._block(span, part, arena, outs, done, count)
                 totals = [total.plus(more) for total, more in zip(totals, measured, strict=True)]
                 done += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
@@ -13,7 +13,7 @@ from rv_distributed.runtime.model import PieceResult, WorkerConfig
 class LocalRuntime:
     """Runs tasks on threads of this process."""
 
-    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[PieceResult]:
+    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`."""
         import torch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -60,8 +60,8 @@ class PieceResult(NamedTuple):
 class Runtime(Protocol):
     """Runs tasks on workers. The tasks come in file order; the results in any."""
 
-    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[PieceResult]:
-        """Yield a result for every task. Closing the iterator early stops the workers.
+    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
+        """Yield a result for every task. Closing the generator early stops the workers.
 
         Raises PieceError at the first piece that cannot be made, WorkerError when workers are lost.
         """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -68,7 +68,7 @@ class RayRuntime:
         self._pieces = pieces
         self._buffer_bytes = buffer_bytes
 
-    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[PieceResult]:
+    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
         if self._pieces == 0:
             return
@@ -194,7 +194,9 @@ class _Pool:
             if call.attempt >= MAX_ATTEMPTS:
                 piece = call.task.piece
                 where = f"{call.task.shard_name}, bytes {piece.start} to {piece.stop}"
-                raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {_brief(error)}") from error
+                raise WorkerError(
+                    f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {_brief(error)}"
+                ) from error
             self._requeued.append((call.task, call.attempt + 1))
 
 

@@ -19,7 +19,7 @@ import torch
 from blake3 import blake3
 
 from rv_distributed.errors import PieceError
-from rv_distributed.kernels import Measures
+from rv_distributed.measures import Measures
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
@@ -83,7 +83,7 @@ class _Stream:
 
     def make(self, task: PieceTask, worker: str) -> PieceResult:
         hashers = [[blake3() for _ in task.spans] for _ in self._outs]
-        measures = [[Measures() for _ in task.spans] for _ in self._outs]
+        measures = [[Measures()] * len(self._outs) for _ in task.spans]
         bytes_read = 0
         writers: list[RangeWriter] = []
         try:
@@ -95,9 +95,9 @@ class _Stream:
                 for out in self._outs:
                     out.view[: len(chunk.literal)] = chunk.literal
                 for part in chunk.parts:
-                    found = self._computer.compute(task.spans[part.span], part, self._arena, self._outs)
+                    span, so_far = task.spans[part.span], measures[part.span]
+                    measures[part.span] = self._computer.compute(span, part, self._arena, self._outs, so_far)
                     for number, out in enumerate(self._outs):
-                        measures[number][part.span] = measures[number][part.span].plus(found[number])
                         hashers[number][part.span].update(out.view[part.at : part.at + part.nbytes])
                 for writer, out in zip(writers, self._outs, strict=True):
                     self._write(task, writer, out, chunk)
@@ -106,8 +106,8 @@ class _Stream:
                 writer.close()
         outputs = tuple(
             tuple(
-                SpanResult(span.tensor, hasher.hexdigest(), *measured)
-                for span, hasher, measured in zip(task.spans, hashers[number], measures[number], strict=True)
+                SpanResult(span.tensor, hasher.hexdigest(), *measured[number])
+                for span, hasher, measured in zip(task.spans, hashers[number], measures, strict=True)
             )
             for number in range(len(self._outs))
         )

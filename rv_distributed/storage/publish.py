@@ -18,14 +18,19 @@ from rv_distributed.errors import OutputError
 def preallocate(path: str, size: int) -> None:
     """Create ``path`` with ``size`` bytes of reserved space, or extend it; contents are kept.
 
-    Raises OSError, with ENOSPC when the space is not there.
+    Raises OSError, with ENOSPC when the space is not there; then a new file is taken away again.
     """
+    is_new = not os.path.exists(path)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         if os.fstat(fd).st_size != size:
             os.ftruncate(fd, size)
         if size:
             _fallocate(fd, size)
+    except OSError:
+        if is_new:
+            os.remove(path)
+        raise
     finally:
         os.close(fd)
 
@@ -43,11 +48,13 @@ def _fallocate(fd: int, size: int) -> None:
 
 
 def write_durably(path: str, data: bytes) -> None:
-    """Write a whole file and return once it is on the device."""
-    with open(path, "wb") as file:
+    """Write a whole file, all of it or nothing, and return once it is on the device."""
+    with open(path + ".new", "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(path + ".new", path)
+    sync(os.path.dirname(path))
 
 
 def sync(path: str) -> None:
@@ -67,9 +74,16 @@ def publish(staged: str, out: str, *, replaced: str) -> None:
         os.rename(out, replaced)
     os.rename(staged, out)
     sync(parent)
-    if os.path.lexists(replaced):
-        shutil.rmtree(replaced)
-        sync(parent)
+    remove(replaced)
+    sync(parent)
+
+
+def remove(path: str) -> None:
+    """Delete a folder with all that is in it, a file, or a link (but not what it leads to), if it exists."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
 
 
 @contextmanager

@@ -199,6 +199,9 @@ def test_a_header_larger_than_the_format_allows_is_not_built(monkeypatch: pytest
         build_header({}, {"k": at_the_limit + "x"})
 
 
+#: The library's reader of whole files; it has no annotations.
+deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
+
 Layout = dict[str, HeaderEntry]
 
 
@@ -232,7 +235,7 @@ def test_a_built_header_parses_to_what_it_was_built_from(entries: Layout, metada
 @given(layouts(), st.randoms(use_true_random=False))
 def test_the_library_reads_the_same_tensors_from_a_built_file(entries: Layout, random: Any) -> None:
     data = random.randbytes(max((entry.stop for entry in entries.values()), default=0))
-    read = {name: fields for name, fields in safetensors.deserialize(build_header(entries, {}) + data)}
+    read = dict(deserialize(build_header(entries, {}) + data))
     assert read.keys() == entries.keys()
     for name, entry in entries.items():
         assert (read[name]["dtype"], tuple(read[name]["shape"])) == (entry.dtype, entry.shape)
@@ -329,7 +332,7 @@ def accepted_by_us(raw: bytes) -> bool:
 
 def accepted_by_the_library(raw: bytes) -> bool:
     try:
-        safetensors.deserialize(raw)
+        deserialize(raw)
     except safetensors.SafetensorError:
         return False
     return True
@@ -390,7 +393,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
     return struct.pack("<Q", length) + text + bytes(end)
 
 
-@settings(max_examples=400, derandomize=True, deadline=None)
+@settings(max_examples=300, derandomize=True, deadline=None)
 @given(mutated_files())
 def test_we_accept_what_the_library_accepts(raw: bytes) -> None:
     expected = accepted_by_the_library(raw)

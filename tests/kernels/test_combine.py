@@ -10,8 +10,9 @@ import pytest
 import torch
 from reference import Raw, accumulated, any_bits, combined, difference, extracted, narrow, same_bits, weights, widen
 
-from rv_distributed.kernels import Combiner, Measures
+from rv_distributed.kernels import Combiner
 from rv_distributed.kernels.combine import TORCH_DTYPES
+from rv_distributed.measures import Measures
 
 DTYPES = ("F32", "BF16", "F16")
 ALPHAS = (1.0, -1.0, 0.5, 0.7, 1e-3, 0.0)

@@ -225,7 +225,8 @@ def test_the_dtype_applies_to_floats_only(
     plan = extract(MODEL, MODEL, options) if operation == "extract" else transfer(MODEL, MODEL, MODEL, options)
     for tensor in plan.tensors:
         own = MODEL[tensor.name][0]
-        assert tensor.dtype == (own if name is None or own == "I64" else name)
+        wanted = name or ("F32" if operation == "extract" else own)
+        assert tensor.dtype == (own if own == "I64" else wanted)
 
 
 def test_tensors_outside_the_vector_are_cast_when_the_dtype_differs() -> None:

@@ -1,0 +1,215 @@
+"""Files that appear whole or not at all, and a lock that the kernel frees."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rv_distributed.errors import OutputError
+from rv_distributed.storage.publish import locked, preallocate, publish, write_durably
+
+HOLD = """
+import sys
+from rv_distributed.storage.publish import locked
+with locked(sys.argv[1], subject="out"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+TRY = """
+import sys
+from rv_distributed.errors import OutputError
+from rv_distributed.storage.publish import locked
+try:
+    with locked(sys.argv[1], subject="/models/out"):
+        print("held")
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 1_000_003])
+def test_a_new_file_has_its_size_and_reads_as_zeros(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "shard"
+    preallocate(str(path), size)
+    assert path.read_bytes() == bytes(size)
+
+
+@pytest.mark.parametrize("size", [5, 6, 10_000], ids=["the same size", "a byte more", "pages more"])
+def test_contents_are_kept_when_a_file_is_extended(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(b"bytes")
+    for _ in range(2):
+        preallocate(str(path), size)
+        assert path.read_bytes() == b"bytes" + bytes(size - 5)
+
+
+def test_a_file_of_another_plan_gets_the_size_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(b"longer than it should be")
+    preallocate(str(path), 6)
+    assert path.read_bytes() == b"longer"
+
+
+def test_the_space_is_reserved(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    preallocate(str(path), 1 << 20)
+    stat = path.stat()
+    assert (stat.st_size, stat.st_blocks * 512 >= 1 << 20) == (1 << 20, True)
+
+
+class FailingLibrary:
+    """A C library whose fallocate64 fails. Asking a real file system for too much would fill it first."""
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+
+    def fallocate64(self, *_: object) -> int:
+        ctypes.set_errno(self._code)
+        return -1
+
+
+def test_space_that_is_not_there_is_an_error_that_keeps_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "begun").write_bytes(b"bytes of an earlier run")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: FailingLibrary(errno.ENOSPC))
+    for name, size in (("new", 10), ("begun", 23)):
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            preallocate(str(tmp_path / name), size)
+        assert caught.value.errno == errno.ENOSPC
+    assert contents(tmp_path) == {"begun": b"bytes of an earlier run"}
+
+
+def test_a_file_system_that_reserves_nothing_gets_a_sparse_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: FailingLibrary(errno.EOPNOTSUPP))
+    preallocate(str(tmp_path / "shard"), 10)
+    assert (tmp_path / "shard").read_bytes() == bytes(10)
+
+
+def test_a_folder_that_is_not_there_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "gone" / "shard")
+    with pytest.raises(FileNotFoundError) as caught:
+        preallocate(path, 10)
+    assert caught.value.filename == path
+
+
+def test_a_durable_write_replaces_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    for data in (b"a longer first version", b"second", b""):
+        write_durably(str(path), data)
+        assert contents(tmp_path) == {"plan.json": data}
+
+
+def folder(path: Path, **files: bytes) -> Path:
+    path.mkdir()
+    for name, data in files.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_publishing_moves_the_staged_folder_into_place(tmp_path: Path) -> None:
+    staged = folder(tmp_path / "staged", a=b"1", b=b"2")
+    publish(str(staged), str(tmp_path / "out"), replaced=str(tmp_path / "replaced"))
+    assert contents(tmp_path) == {"out/a": b"1", "out/b": b"2"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_publishing_over_an_output_leaves_nothing_of_it(tmp_path: Path) -> None:
+    out = folder(tmp_path / "out", a=b"old", c=b"old")
+    (out / "sub").mkdir()
+    (out / "sub" / "d").write_bytes(b"old")
+    staged = folder(tmp_path / "staged", a=b"new", b=b"new")
+    publish(str(staged), str(out), replaced=str(tmp_path / "replaced"))
+    assert contents(tmp_path) == {"out/a": b"new", "out/b": b"new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_publishing_over_a_file_or_a_link_replaces_it_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    elsewhere = folder(tmp_path / "elsewhere", a=b"kept")
+    (tmp_path / "link").symlink_to(elsewhere)
+    (tmp_path / "file").write_bytes(b"old")
+    for name in ("link", "file"):
+        staged = folder(tmp_path / "staged", b=name.encode())
+        publish(str(staged), str(tmp_path / name), replaced=str(tmp_path / "replaced"))
+        assert not (tmp_path / name).is_symlink()
+    assert contents(tmp_path) == {"elsewhere/a": b"kept", "link/b": b"link", "file/b": b"file"}
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "file", "link"]
+
+
+def test_the_old_output_is_whole_until_the_new_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after each rename one of the three places holds each version, whole."""
+    out, replaced = folder(tmp_path / "out", a=b"old"), tmp_path / "replaced"
+    staged = folder(tmp_path / "staged", a=b"new")
+    seen = []
+    rename = os.rename
+
+    def recorded(source: str, target: str) -> None:
+        rename(source, target)
+        seen.append(contents(tmp_path))
+
+    monkeypatch.setattr(os, "rename", recorded)
+    publish(str(staged), str(out), replaced=str(replaced))
+    assert seen == [{"replaced/a": b"old", "staged/a": b"new"}, {"replaced/a": b"old", "out/a": b"new"}]
+
+
+@contextmanager
+def holder(lock: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock until its standard input closes."""
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_lock_that_another_process_holds_is_refused_by_its_pid_until_that_is_killed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with holder(lock) as process:
+        with (
+            pytest.raises(OutputError, match=rf'^/models/out: .*"pid": {process.pid}\b'),
+            locked(str(lock), subject="/models/out"),
+        ):
+            pytest.fail("two processes hold the lock")
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        with locked(str(lock), subject="/models/out"):
+            assert f'"pid": {os.getpid()}}}' in lock.read_text()
+
+
+def test_a_second_process_is_told_who_holds_the_lock_and_gets_it_later(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    command = [sys.executable, "-c", TRY, str(lock)]
+    lock.write_text('{"host": "an earlier and much longer name of a machine", "pid": 123456789}')
+    with locked(str(lock), subject="out"):
+        refused = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert refused.startswith("/models/out: another run is writing it (")
+    assert f'"pid": {os.getpid()}}})' in refused
+    assert "Wait for it" in refused
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "held\n"
+
+
+def test_a_lock_is_free_after_an_error_inside_it(tmp_path: Path) -> None:
+    lock = str(tmp_path / "lock")
+    with pytest.raises(KeyError), locked(lock, subject="out"):
+        raise KeyError
+    with locked(lock, subject="out"), pytest.raises(OutputError), locked(lock, subject="out"):
+        pytest.fail("the lock was given twice")
