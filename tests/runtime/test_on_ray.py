@@ -14,7 +14,7 @@ import pytest
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
 from rv_distributed.plan import PIECE_ALIGNMENT, PieceTask, PlanOptions, task_of
-from rv_distributed.runtime.model import WorkerConfig
+from rv_distributed.runtime.model import PieceResult, WorkerConfig
 from rv_distributed.runtime.on_ray import RayRuntime
 from rv_distributed.storage.publish import preallocate
 
@@ -82,6 +82,10 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 
+def kill_worker(result: PieceResult) -> None:
+    os.kill(int(result.worker.rpartition(":")[2]), signal.SIGKILL)
+
+
 @pytest.mark.usefixtures("cluster")
 def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) -> None:
     tasks, config, job = staged(models, tmp_path)
@@ -90,7 +94,7 @@ def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) 
     for result in runtime.run(iter(tasks), config):
         done.add(result.piece)
         if killed < 2:
-            os.kill(int(result.worker.rpartition(":")[2]), signal.SIGKILL)
+            kill_worker(result)
             killed += 1
     assert killed == 2
     assert done == {task.piece.number for task in tasks}
@@ -105,7 +109,7 @@ def test_workers_that_always_die_end_the_run(models: Path, tmp_path: Path) -> No
     runtime = RayRuntime(address=None, workers=1, pieces=len(tasks), buffer_bytes=job.sizing.buffer_bytes)
     results = runtime.run(iter(tasks), config)
     with pytest.raises(rv.WorkerError, match=r"died making it|keep dying"):
-        deque(os.kill(int(result.worker.rpartition(":")[2]), signal.SIGKILL) for result in results)
+        deque(map(kill_worker, results))
 
 
 @pytest.mark.usefixtures("cluster")
