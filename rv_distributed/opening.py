@@ -49,8 +49,6 @@ def open_checkpoint(uri: str) -> Checkpoint:
     problems: list[Problem] = []
     warnings: list[str] = []
     weight_map, shards = _choose_shards(folder, files, problems, warnings)
-    if problems:
-        raise InputError(problems)
 
     def load(file: FileState) -> tuple[Header, int, bytes] | Problem:
         return _load_header(folder, file)

@@ -20,7 +20,7 @@ from blake3 import blake3
 from rv_distributed.errors import OutputError
 from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
-from rv_distributed.storage.publish import locked, preallocate, publish, remove, sync, write_durably
+from rv_distributed.storage.publish import locked, preallocate, publish, recover, remove, sync, write_durably
 
 _READ_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 4
@@ -40,8 +40,7 @@ class Staging:
         self.folder = os.path.join(self._work, "output")
         self._journal_path = os.path.join(self._work, "records.jsonl")
         self._overwrite = overwrite
-        if os.path.lexists(self.out) and not overwrite:
-            raise OutputError(f"{self.out} already exists. Give another --out, or --overwrite to replace it.")
+        self._replaced = os.path.join(self._work, "replaced")
         self._closing = ExitStack()
         try:
             os.makedirs(self._work, exist_ok=True)
@@ -49,6 +48,9 @@ class Staging:
             raise OutputError(f"{self._work} cannot be made: {error.strerror}. Check the output's folder.") from error
         with ExitStack() as stack:
             stack.enter_context(locked(os.path.join(self._work, "lock"), subject=self.out))
+            recover(self.out, replaced=self._replaced)
+            if os.path.lexists(self.out) and not overwrite:
+                raise OutputError(f"{self.out} already exists. Give another --out, or --overwrite to replace it.")
             self._claim(identity, restart)
             self._journal = stack.enter_context(open(self._journal_path, "a+", encoding="utf-8"))
             # A record that a crash tore must not take the next one with it.
@@ -148,7 +150,7 @@ class Staging:
             sync(folder)
         if os.path.lexists(self.out) and not self._overwrite:
             raise OutputError(f"{self.out} appeared while the run was going on; the finished pieces are kept")
-        publish(self.folder, self.out, replaced=os.path.join(self._work, "replaced"))
+        publish(self.folder, self.out, replaced=self._replaced)
         shutil.rmtree(self._work)
         sync(os.path.dirname(self.out))
 

@@ -9,14 +9,14 @@ from typing import Any, Final
 from rv_distributed.checkpoint.manifest import Manifest
 
 TAGS: Final = ("merge", "task-arithmetic", "reasoning-vector")
-_CACHE_FOLDER: Final = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/")
+_CACHE_FOLDER: Final = re.compile(r"/models--([^/]+)/snapshots/")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_name(uri: str, config: Mapping[str, Any]) -> str:
     """The Hub id of a checkpoint where its path or its config tells it; else its folder's name."""
     if cached := _CACHE_FOLDER.search(uri + "/"):
-        return f"{cached[1]}/{cached[2]}"
+        return cached[1].replace("--", "/", 1)
     known = config.get("_name_or_path")
     if isinstance(known, str) and _HUB_ID.fullmatch(known):
         return known
@@ -62,4 +62,4 @@ def build_card(manifest: Manifest, names: Mapping[str, str], license_name: str |
 
 def _cell(text: str) -> str:
     """Text for a table cell: inputs' names are shown, never interpreted."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!&])", r"\\\1", text.replace("\n", " "))
+    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", " ".join(text.splitlines()))

@@ -12,7 +12,9 @@ the planner calls `build_header` for every shard that it lays out.
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -23,7 +25,8 @@ MAX_HEADER_BYTES: Final = 100_000_000
 #: Data starts on a page of the file, which suits direct I/O and memory maps of the readers to come.
 DATA_ALIGNMENT: Final = 4096
 
-_MAX_OFFSET: Final = 2**63 - 1
+_MAX_U64: Final = 2**64 - 1
+_MAYBE_NEGATIVE: Final = re.compile(rb"[\[,:]\s*-")
 
 
 class HeaderError(ValueError):
@@ -73,18 +76,26 @@ def parse_header(raw: bytes, *, data_bytes: int) -> Header:
     if not raw.startswith(b"{"):
         raise HeaderError("has a header that does not start with '{'")
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        # A hook for integers would cost more than all other checks; and only a minus sign calls for it.
+        integer = _integer if _MAYBE_NEGATIVE.search(raw) else None
+        document = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=integer
+        )
     except HeaderError:
         raise
     except UnicodeDecodeError as error:
         raise HeaderError(f"has a header that is not UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"has a header that is not JSON: {error}") from None
+    if not _is_unicode(document):
+        raise HeaderError("has a header with half a surrogate pair in a name")
     metadata = document.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise HeaderError("has a __metadata__ that is not a map of strings")
+    if not _is_unicode(metadata) or not _is_unicode(metadata.values()):
+        raise HeaderError("has half a surrogate pair in its __metadata__")
     entries = {name: _entry(name, fields) for name, fields in document.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     _check_cover(ordered, data_bytes)
@@ -109,10 +120,14 @@ def build_header(entries: Mapping[str, HeaderEntry], metadata: Mapping[str, str]
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor's data; HeaderError when packed elements do not fill whole bytes."""
-    bits = DTYPES[dtype].bits
+    """Bytes of a tensor's data; HeaderError when packed elements do not fill whole bytes, or when the number
+    of elements does not fit 64 bits, even if a later size is 0."""
+    elements = 1
     for size in shape:
-        bits *= size
+        elements *= size
+        if elements > _MAX_U64:
+            raise HeaderError("has a shape with more elements than 64 bits can count")
+    bits = elements * DTYPES[dtype].bits
     if bits % 8:
         raise HeaderError(f"has {bits} bits of {dtype}, which is not a whole number of bytes")
     return bits // 8
@@ -122,8 +137,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     pairs = list(pairs)
     document = dict(pairs)
     if len(document) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise HeaderError(f"has a header with the key {twice!r} twice")
     return document
 
@@ -132,8 +146,22 @@ def _no_constant(text: str) -> None:
     raise HeaderError(f"has a header that is not JSON: it holds {text}")
 
 
+def _integer(text: str) -> int:
+    # Minus zero equals zero in Python, but it is no unsigned integer: let the checks refuse it.
+    return -1 if text == "-0" else int(text)
+
+
+def _is_unicode(texts: Iterable[str]) -> bool:
+    """Whether all texts can be written as UTF-8; JSON's escapes can spell ones that cannot."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _natural(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_OFFSET
+    return type(value) is int and 0 <= value <= _MAX_U64
 
 
 def _entry(name: str, fields: object) -> HeaderEntry:

@@ -127,8 +127,10 @@ class ManifestError(ValueError):
     """A document that is not a manifest of a version we read."""
 
 
-def manifest_from(document: Mapping[str, Any]) -> Manifest:
+def manifest_from(document: object) -> Manifest:
     """The manifest in a parsed document. Raises ManifestError naming what is wrong."""
+    if not isinstance(document, Mapping):
+        raise ManifestError("is not a JSON object")
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ManifestError(f"has schema_version {version!r}; this version reads {SCHEMA_VERSION}")

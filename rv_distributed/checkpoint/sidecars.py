@@ -7,7 +7,20 @@ from pathlib import PurePosixPath
 from typing import Final
 
 _WEIGHT_SUFFIXES: Final = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".distcp"}
+    {
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+        ".npz",
+        ".distcp",
+    }
 )
 _OWN_NAMES: Final = frozenset({"rv_manifest.json", "rv_tensors.parquet", "rv_recipe.yaml", "README.md"})
 _LEFT_OUT_FOLDERS: Final = frozenset({".git", ".cache", "__pycache__"})
@@ -23,7 +36,7 @@ def is_sidecar(name: str) -> bool:
     path = PurePosixPath(name)
     if any(part in _LEFT_OUT_FOLDERS for part in path.parts[:-1]):
         return False
-    if path.suffix.lower() in _WEIGHT_SUFFIXES or name.endswith((".safetensors.index.json", ".bin.index.json")):
+    if path.suffix.lower() in _WEIGHT_SUFFIXES or name.endswith(".index.json"):
         return False
     return name not in _OWN_NAMES and path.name not in {".gitattributes", ".gitignore"}
 

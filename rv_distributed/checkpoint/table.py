@@ -102,7 +102,7 @@ def read_table(raw: bytes) -> list[TensorRow]:
             )
             for row in rows
         ]
-    except (pa.ArrowException, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"is not a table of tensors: {error}") from None
 
 

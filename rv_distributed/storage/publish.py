@@ -54,7 +54,7 @@ def write_durably(path: str, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".new", path)
-    sync(os.path.dirname(path))
+    sync(os.path.dirname(path) or os.curdir)
 
 
 def sync(path: str) -> None:
@@ -69,13 +69,21 @@ def sync(path: str) -> None:
 def publish(staged: str, out: str, *, replaced: str) -> None:
     """Rename the folder ``staged`` to ``out``. An ``out`` that exists moves to ``replaced`` first and is
     deleted last, so that at every moment one of the two is whole."""
-    parent = os.path.dirname(out)
+    parent = os.path.dirname(out) or os.curdir
     if os.path.lexists(out):
         os.rename(out, replaced)
     os.rename(staged, out)
     sync(parent)
     remove(replaced)
     sync(parent)
+
+
+def recover(out: str, *, replaced: str) -> None:
+    """Finish or undo a `publish` that was cut short: ``replaced`` comes back where ``out`` is missing, and
+    goes where the new ``out`` is in its place."""
+    if os.path.lexists(replaced) and not os.path.lexists(out):
+        os.rename(replaced, out)
+    remove(replaced)
 
 
 def remove(path: str) -> None:

@@ -36,8 +36,9 @@ class RangeReader:
     def read(self, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
         """Read file bytes ``offset`` to ``offset + nbytes`` into ``buffer[at:]``.
 
-        Large reads whose ``at`` and ``offset`` agree modulo `ALIGNMENT` may go direct; they may scribble
-        over the rest of the aligned blocks that they touch. Raises OSError, also when the file is too short.
+        Large reads whose ``at`` and ``offset`` agree modulo `ALIGNMENT` may go direct: ``buffer`` has to begin
+        at a page and to hold the last aligned block whole, and the rest of the aligned blocks that are
+        touched may be scribbled over. Raises OSError, also when the file is too short.
         """
         done = self._read_cached(buffer[at : at + nbytes], offset) if self._ask_cache else 0
         if done == nbytes:
@@ -84,7 +85,7 @@ class RangeWriter:
         self._unsynced = False
 
     def write(self, window: memoryview, offset: int) -> None:
-        """Write ``window`` at ``offset``. Raises OSError."""
+        """Write ``window``, which begins at a page of memory, at ``offset``. Raises OSError."""
         aligned = 0
         if self._direct_fd is not None and offset % ALIGNMENT == 0:
             aligned = len(window) // ALIGNMENT * ALIGNMENT
@@ -94,7 +95,8 @@ class RangeWriter:
             self._unsynced = True
 
     def flush(self) -> None:
-        """Return once all written bytes are on the device, whichever way they went."""
+        """Return once what went through the cache is on the device. What went around it is there already, but
+        for the device's own cache and the file's metadata, which a final fsync of the file covers."""
         if self._unsynced:
             os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
             if self._direct_fd is None and hasattr(os, "posix_fadvise"):
