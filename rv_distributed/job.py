@@ -165,45 +165,67 @@ class Job:
         Finished pieces of an earlier, interrupted run of the same job are checked and kept. Raises
         OutputError when an output's place is taken, RunError when the run fails.
         """
-        plan = self.plan
         with ExitStack() as stack:
             stagings = []
             for number, out in enumerate(self.outs):
-                staging = Staging(
-                    out,
-                    identity_of(plan, number),
-                    overwrite=self.options.overwrite,
-                    restart=self.options.restart,
-                )
-                stack.enter_context(closing(staging))
-                stagings.append(staging)
-            reducers = [Reducer(plan, number, staging) for number, staging in enumerate(stagings)]
-            kept_by = [staging.finished(plan) for staging in stagings]
-            kept = set.intersection(*(set(records) for records in kept_by))
-            for staging in stagings:
-                staging.preallocate(plan)
-            for number in kept:
-                for reducer, records in zip(reducers, kept_by, strict=True):
-                    reducer.add(number, records[number])
+                identity = identity_of(self.plan, number)
+                overwrite, restart = self.options.overwrite, self.options.restart
+                staging = Staging(out, identity, overwrite=overwrite, restart=restart)
+                stagings.append(stack.enter_context(closing(staging)))
+            reducers = [Reducer(self.plan, number, staging) for number, staging in enumerate(stagings)]
+            kept = self._keep(stagings, reducers)
+            timings = self._stream(stagings, reducers, kept, progress)
+            frame = self.opened[self.recipe.target or self.recipe.vectors[0].plus]
+            return tuple(reducer.commit(frame, self.opened, timings) for reducer in reducers)
 
-            began = time.monotonic()
-            todo = [piece for piece in plan.pieces if piece.number not in kept]
-            bytes_total = sum(piece.stop - piece.start for piece in todo) * len(self.outs)
-            bytes_read = bytes_written = 0
-            tasks = (task_of(plan, piece) for piece in todo)
-            # Closed before the stagings are: no worker may write once another run can take the place.
-            results = stack.enter_context(closing(self._runtime(len(todo)).run(tasks, self._worker_config(stagings))))
+    def _keep(self, stagings: Sequence[Staging], reducers: Sequence[Reducer]) -> set[int]:
+        """The pieces that an earlier run finished in all outputs, handed to the reducers; makes room for the rest."""
+        finished = [staging.finished(self.plan) for staging in stagings]
+        kept = set.intersection(*(set(records) for records in finished))
+        for staging, reducer, records in zip(stagings, reducers, finished, strict=True):
+            staging.preallocate(self.plan)
+            for number in kept:
+                reducer.add(number, records[number])
+        return kept
+
+    def _stream(
+        self,
+        stagings: Sequence[Staging],
+        reducers: Sequence[Reducer],
+        kept: set[int],
+        progress: ProgressCallback | None,
+    ) -> Timings:
+        """Run all pieces that are not kept."""
+        began = time.monotonic()
+        todo = [piece for piece in self.plan.pieces if piece.number not in kept]
+        bytes_total = sum(piece.stop - piece.start for piece in todo) * len(self.outs)
+        bytes_read = bytes_written = 0
+        read_s = compute_s = write_s = 0.0
+        tasks = (task_of(self.plan, piece) for piece in todo)
+        # Closed before the stagings are: no worker may write once another run can take the place.
+        with closing(self._runtime(len(todo)).run(tasks, self._worker_config(stagings))) as results:
             for done, result in enumerate(results, 1):
                 for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
                     reducer.add(result.piece, spans)
                     staging.record(result.piece, spans)
                 bytes_read += result.bytes_read
                 bytes_written += result.bytes_written
+                read_s += result.waited.read_s
+                compute_s += result.waited.compute_s
+                write_s += result.waited.write_s
                 if progress is not None:
-                    progress(Progress(len(kept) + done, len(plan.pieces), len(kept), bytes_written, bytes_total))
-            timings = Timings(time.monotonic() - began, bytes_read, bytes_written, len(plan.pieces), len(kept))
-            frame = self.opened[self.recipe.target or self.recipe.vectors[0].plus]
-            return tuple(reducer.commit(frame, self.opened, timings) for reducer in reducers)
+                    pieces = len(kept) + done
+                    progress(Progress(pieces, len(self.plan.pieces), len(kept), bytes_written, bytes_total))
+        return Timings(
+            run_s=time.monotonic() - began,
+            read_s=read_s,
+            compute_s=compute_s,
+            write_s=write_s,
+            bytes_read=bytes_read,
+            bytes_written=bytes_written,
+            pieces=len(self.plan.pieces),
+            pieces_kept=len(kept),
+        )
 
     def _worker_config(self, stagings: Sequence[Staging]) -> WorkerConfig:
         return WorkerConfig(

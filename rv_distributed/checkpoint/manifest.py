@@ -87,6 +87,10 @@ class Timings:
 
     run_s: float
     """Seconds from the first task to the last result; the commit is not in it."""
+    read_s: float
+    """Seconds that the streams of all workers spent reading, added up; likewise for the next two."""
+    compute_s: float
+    write_s: float
     bytes_read: int
     bytes_written: int
     pieces: int
@@ -198,7 +202,7 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
             ),
             "timings": _object(
                 {
-                    "run_s": _NUMBER,
+                    **dict.fromkeys(("run_s", "read_s", "compute_s", "write_s"), _NUMBER),
                     **dict.fromkeys(("bytes_read", "bytes_written", "pieces", "pieces_kept"), _COUNT),
                 }
             ),

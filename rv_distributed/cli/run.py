@@ -118,6 +118,10 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], seconds: float) -> 
         f"done in {show_seconds(seconds)}: {show_bytes(timings.bytes_read)} read, "
         f"{show_bytes(timings.bytes_written)} written ({speed}/s)"
     ]
+    busy = timings.read_s + timings.compute_s + timings.write_s
+    if busy:
+        parts = {"reading": timings.read_s, "computing": timings.compute_s, "writing": timings.write_s}
+        lines.append("of the workers' time: " + ", ".join(f"{part / busy:.0%} {what}" for what, part in parts.items()))
     if timings.pieces_kept:
         lines.append(f"{timings.pieces_kept} of {timings.pieces} pieces kept from an earlier run")
     for out, manifest in zip(job.outs, manifests, strict=True):

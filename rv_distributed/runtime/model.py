@@ -45,6 +45,15 @@ class SpanResult(NamedTuple):
     inexact: int
 
 
+class Waited(NamedTuple):
+    """Where the time of a stream went, in seconds."""
+
+    read_s: float
+    compute_s: float
+    """Arithmetic, measures and digests."""
+    write_s: float
+
+
 class PieceResult(NamedTuple):
     """A finished piece: its bytes are on the device."""
 
@@ -53,6 +62,7 @@ class PieceResult(NamedTuple):
     """One tuple an output, with its spans in file order."""
     bytes_read: int
     bytes_written: int
+    waited: Waited
     worker: str
     """Who did it, for the tables."""
 

@@ -12,6 +12,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections import OrderedDict
 from typing import Final
 
@@ -24,7 +25,7 @@ from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
-from rv_distributed.runtime.model import PieceResult, SpanResult, WorkerConfig
+from rv_distributed.runtime.model import PieceResult, SpanResult, Waited, WorkerConfig
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
 
 _OPEN_FILES: Final = 16
@@ -85,13 +86,16 @@ class _Stream:
         hashers = [[blake3() for _ in task.spans] for _ in self._outs]
         measures = [[Measures()] * len(self._outs) for _ in task.spans]
         bytes_read = 0
+        read_s = compute_s = write_s = 0.0
         writers: list[RangeWriter] = []
         try:
             writers += [self._writer(task, folder) for folder in self._config.outputs]
             for chunk in cut_chunks(task, self._config.chunk_bytes):
                 if self._stop.is_set():
                     raise Stopped
+                began = time.perf_counter()
                 bytes_read += self._read(task, chunk)
+                computing = time.perf_counter()
                 for out in self._outs:
                     out.view[: len(chunk.literal)] = chunk.literal
                 for part in chunk.parts:
@@ -99,8 +103,12 @@ class _Stream:
                     measures[part.span] = self._computer.compute(span, part, self._arena, self._outs, so_far)
                     for number, out in enumerate(self._outs):
                         hashers[number][part.span].update(out.view[part.at : part.at + part.nbytes])
+                writing = time.perf_counter()
                 for writer, out in zip(writers, self._outs, strict=True):
                     self._write(task, writer, out, chunk)
+                read_s += computing - began
+                compute_s += writing - computing
+                write_s += time.perf_counter() - writing
         finally:
             for writer in writers:
                 writer.close()
@@ -112,7 +120,8 @@ class _Stream:
             for number in range(len(self._outs))
         )
         bytes_written = (task.piece.stop - task.piece.start) * len(self._outs)
-        return PieceResult(task.piece.number, outputs, bytes_read, bytes_written, worker)
+        waited = Waited(read_s, compute_s, write_s)
+        return PieceResult(task.piece.number, outputs, bytes_read, bytes_written, waited, worker)
 
     def _read(self, task: PieceTask, chunk: Chunk) -> int:
         self._arena.grow(chunk.arena_bytes)

@@ -28,7 +28,7 @@ def manifest(*roles: str, operation: str = "transfer") -> Manifest:
         files=(),
         left_out=(),
         totals=totals,
-        timings=Timings(1.0, 2, 3, 4, 0),
+        timings=Timings(1.0, 0.5, 1.0, 0.5, 2, 3, 4, 0),
     )
 
 

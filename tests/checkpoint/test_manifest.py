@@ -51,7 +51,16 @@ MANIFEST = Manifest(
         changed_elements=7,
         inexact_elements=0,
     ),
-    timings=Timings(run_s=12.5, bytes_read=2**41, bytes_written=2**40, pieces=9, pieces_kept=2),
+    timings=Timings(
+        run_s=12.5,
+        read_s=3.5,
+        compute_s=6.0,
+        write_s=15.5,
+        bytes_read=2**41,
+        bytes_written=2**40,
+        pieces=9,
+        pieces_kept=2,
+    ),
 )
 
 
