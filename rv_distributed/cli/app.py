@@ -10,7 +10,7 @@ from types import FrameType
 import typer
 
 from rv_distributed import __version__
-from rv_distributed.cli import demo, inspect, merge, verify
+from rv_distributed.cli import bench, demo, inspect, merge, verify
 from rv_distributed.errors import InputError, Interrupted, RunError, RvError, VerifyError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(merge.apply)
 app.command()(merge.transfer)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
+app.command()(bench.bench)
 app.command()(demo.demo)
 
 

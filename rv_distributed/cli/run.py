@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.cli.options import Common
 from rv_distributed.cli.progress import progress_display
@@ -122,6 +124,11 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], seconds: float) -> 
     if busy:
         parts = {"reading": timings.read_s, "computing": timings.compute_s, "writing": timings.write_s}
         lines.append("of the workers' time: " + ", ".join(f"{part / busy:.0%} {what}" for what, part in parts.items()))
+    storage = known_speed(os.path.dirname(job.outs[0]))
+    if storage is not None:
+        least_s = show_seconds(storage.predict_s(timings.bytes_read, timings.bytes_written))
+        took_s = show_seconds(timings.run_s)
+        lines.append(f"by rv bench this storage takes {least_s} for it, with nothing cached; the run took {took_s}")
     if timings.pieces_kept:
         lines.append(f"{timings.pieces_kept} of {timings.pieces} pieces kept from an earlier run")
     for out, manifest in zip(job.outs, manifests, strict=True):

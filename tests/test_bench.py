@@ -1,0 +1,49 @@
+"""Measuring storage: figures that make sense, kept by file system, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rv_distributed import OutputError
+from rv_distributed.bench import StorageSpeed, known_speed, measure_storage
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_measurement_is_kept_for_the_file_system_and_leaves_no_file(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    assert known_speed(str(folder)) is None
+    speed = measure_storage(str(folder), 9 << 20)
+    assert min(speed.write, speed.read, speed.cached_read, speed.mixed) > 0
+    assert list(folder.iterdir()) == []
+    assert known_speed(str(tmp_path)) == speed
+
+
+def test_an_unreadable_cache_is_no_measurement(tmp_path: Path) -> None:
+    for text in ("", "[]", "{", json.dumps({str(tmp_path.stat().st_dev): {"write": 1.0}})):
+        path = tmp_path / "cache" / "rv_distributed" / "storage.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        assert known_speed(str(tmp_path)) is None
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="missing"):
+        measure_storage(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize(
+    ("nread", "nwritten", "seconds"),
+    [(300, 0, 3.0), (0, 100, 2.0), (300, 100, 8.0), (30, 1000, 20.6)],
+    ids=["reading", "writing", "both", "mostly writing"],
+)
+def test_a_prediction_adds_what_is_moved_at_once_and_what_is_left(nread: int, nwritten: int, seconds: float) -> None:
+    speed = StorageSpeed(write=50.0, read=100.0, cached_read=1e9, mixed=50.0)
+    assert speed.predict_s(nread, nwritten) == pytest.approx(seconds)
