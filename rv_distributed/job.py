@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -55,15 +56,27 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     """
     if len(outs) != len(recipe.alphas):
         raise UsageError("give each alpha an output of its own")
-    opened = _open_all(recipe)
-    _check_places(outs, opened, run_options)
-    plan = make_plan(recipe, opened, plan_options)
+    with _collector_paused():
+        opened = _open_all(recipe)
+        _check_places(outs, opened, run_options)
+        plan = make_plan(recipe, opened, plan_options)
     runtime = choose_runtime(run_options)
     streams = (run_options.workers or min(16, 2 * usable_cpus())) if runtime == "local" else 2
     sizing = size_buffers(plan, streams=streams, budget_bytes=run_options.memory_budget_bytes or DEFAULT_BUDGET_BYTES)
-    job = Job(recipe, opened, plan, tuple(map(os.path.abspath, outs)), run_options, runtime, sizing)
-    job.check_space()
-    return job
+    return Job(recipe, opened, plan, tuple(map(os.path.abspath, outs)), run_options, runtime, sizing)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Headers and plans of large models are hundreds of thousands of small objects that all stay: looking
+    through them for garbage again and again would take as long as making them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
@@ -163,8 +176,9 @@ class Job:
         """Make the outputs; returns their manifests, in order.
 
         Finished pieces of an earlier, interrupted run of the same job are checked and kept. Raises
-        OutputError when an output's place is taken, RunError when the run fails.
+        OutputError when an output's place is taken or too small, RunError when the run fails.
         """
+        self.check_space()
         with ExitStack() as stack:
             stagings = []
             for number, out in enumerate(self.outs):

@@ -348,6 +348,17 @@ def test_several_problems_are_told_at_once(sharded: Path) -> None:
     assert found["rv_manifest.json"] == "is not a JSON object"
 
 
+def test_a_missing_shard_a_bad_one_and_a_bad_config_are_told_at_once(sharded: Path) -> None:
+    (sharded / TWO).unlink()
+    cut(sharded, ONE, 1)
+    (sharded / "config.json").write_text("{'model_type': 'llama'}")
+    found = [(Path(problem.where).name, problem.what) for problem in problems_of(sharded)]
+    assert [name for name, _ in found] == [INDEX, ONE, "config.json"]
+    assert found[0][1] == f"names the shard {TWO}, which is missing"
+    assert found[1][1].startswith("is truncated")
+    assert found[2][1].startswith("is not readable JSON")
+
+
 def test_all_missing_shards_are_told_at_once(sharded: Path) -> None:
     (sharded / ONE).unlink()
     (sharded / TWO).unlink()

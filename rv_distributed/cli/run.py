@@ -29,6 +29,7 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     if say:
         print(plan_summary(job), flush=True)
+    job.check_space()
     if common.dry_run:
         if common.json:
             print(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))

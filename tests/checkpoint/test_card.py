@@ -106,6 +106,7 @@ HOSTILE = {
     "the end of the metadata": "a\n---\nb",
     "YAML": "a: b # c",
     "a YAML tag": "!!python/object/apply:os.system ['true']",
+    "struck-through text": "~~a~~",
     "other letters": "模型/é",
 }
 
@@ -119,13 +120,29 @@ def test_a_hostile_name_is_shown_and_not_interpreted(name: str, tmp_path: Path) 
     assert [len(row) for row in table] == [4, 4, 4]
     shown = table[2][1]
     assert re.sub(r"\\(.)", r"\1", shown) == name.replace("\n", " ")
-    assert re.search(r"(?<!\\)(?:\\\\)*[`*_{}\[\]<>|#!&]", shown) is None
+    assert re.search(r"(?<!\\)(?:\\\\)*[`*_{}\[\]<>|#!&~]", shown) is None
+
+
+LINE_ENDS = ["\r", "\r\n", "\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+
+
+@pytest.mark.parametrize("end", LINE_ENDS, ids=ascii)
+def test_a_name_with_an_end_of_line_stays_in_its_cell(end: str, tmp_path: Path) -> None:
+    name = f"a{end}| b | c | d |{end}# e"
+    card = build_card(manifest("target"), {"/models/target": name}, None)
+    assert cells(card)[2][1] == r"a \| b \| c \| d \| \# e"
+    table = card[card.index("| role |") :]
+    assert len(table.splitlines()) == len(table.split("\n")) - 1
+    # YAML has its own mind about some of them; they all stay white space.
+    (base_model,) = metadata_of(card, tmp_path)["base_model"]
+    assert base_model.split() == name.split()
 
 
 COMMIT = "0123456789" * 4
 MODEL_NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a cache folder": (f"/c/models--org--name/snapshots/{COMMIT}", {}, "org/name"),
     "a name with dashes": (f"/c/models--org--na--me/snapshots/{COMMIT}", {}, "org/na--me"),
+    "a cache folder of a model without an owner": (f"/c/models--gpt2/snapshots/{COMMIT}", {}, "gpt2"),
     "a cache folder before its config": (
         f"/c/models--org--name/snapshots/{COMMIT}",
         {"_name_or_path": "other/model"},

@@ -127,3 +127,18 @@ def test_bytes_that_are_no_table_of_ours_are_a_value_error(raw: bytes) -> None:
 
 def test_the_digest_of_nothing_is_that_of_no_bytes() -> None:
     assert blake3(b"").hexdigest() == NO_BYTES
+
+
+def test_a_table_with_one_byte_changed_is_read_or_refused_and_nothing_else() -> None:
+    raw = write_table(ROWS[:1])
+    refused = 0
+    for at in range(len(raw)):
+        changed = bytearray(raw)
+        changed[at] ^= 0xFF
+        try:
+            read = read_table(bytes(changed))
+        except ValueError:
+            refused += 1
+        else:
+            assert all(isinstance(row, TensorRow) for row in read), at
+    assert refused > 8

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rv_distributed.errors import OutputError
-from rv_distributed.storage.publish import locked, preallocate, publish, write_durably
+from rv_distributed.storage.publish import locked, preallocate, publish, recover, remove, write_durably
 
 HOLD = """
 import sys
@@ -166,6 +166,63 @@ def test_the_old_output_is_whole_until_the_new_one_stands(tmp_path: Path, monkey
     monkeypatch.setattr(os, "rename", recorded)
     publish(str(staged), str(out), replaced=str(replaced))
     assert seen == [{"replaced/a": b"old", "staged/a": b"new"}, {"replaced/a": b"old", "out/a": b"new"}]
+
+
+def test_an_output_given_relative_to_the_working_folder_is_published_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for version in (b"first", b"second"):
+        folder(tmp_path / "staged", a=version)
+        publish("staged", "out", replaced="replaced")
+        assert contents(tmp_path) == {"out/a": version}
+        assert os.listdir(tmp_path) == ["out"]
+
+
+#: What a crash leaves of the old output (in `replaced`) and the new one (in `out`), and what recovery makes of it.
+CRASHES = {
+    "nothing was begun": ({"out": b"old"}, {"out/a": b"old"}),
+    "between the renames": ({"replaced": b"old"}, {"out/a": b"old"}),
+    "before the old output was deleted": ({"replaced": b"old", "out": b"new"}, {"out/a": b"new"}),
+    "without any output": ({}, {}),
+}
+
+
+@pytest.mark.parametrize(("left", "recovered"), CRASHES.values(), ids=CRASHES)
+def test_recovery_ends_with_the_newest_whole_output_and_nothing_beside_it(
+    tmp_path: Path, left: dict[str, bytes], recovered: dict[str, bytes]
+) -> None:
+    for name, version in left.items():
+        folder(tmp_path / name, a=version)
+    for _ in range(2):
+        recover(str(tmp_path / "out"), replaced=str(tmp_path / "replaced"))
+        assert contents(tmp_path) == recovered
+        assert os.listdir(tmp_path) == (["out"] if recovered else [])
+
+
+def test_recovery_brings_back_a_link_and_not_a_copy_of_what_it_leads_to(tmp_path: Path) -> None:
+    elsewhere = folder(tmp_path / "elsewhere", a=b"kept")
+    (tmp_path / "replaced").symlink_to(elsewhere)
+    recover(str(tmp_path / "out"), replaced=str(tmp_path / "replaced"))
+    assert (tmp_path / "out").readlink() == elsewhere
+    assert contents(elsewhere) == {"a": b"kept"}
+
+
+def test_removing_takes_a_folder_a_file_or_a_link_and_leaves_what_a_link_leads_to(tmp_path: Path) -> None:
+    (folder(tmp_path / "folder", a=b"1") / "sub").mkdir()
+    elsewhere = folder(tmp_path / "elsewhere", a=b"kept")
+    (elsewhere / "file").write_bytes(b"kept")
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "folder" / "link").symlink_to(elsewhere)
+    (tmp_path / "link to a folder").symlink_to(elsewhere)
+    (tmp_path / "link to a file").symlink_to(elsewhere / "file")
+    (tmp_path / "link to nothing").symlink_to(tmp_path / "nowhere")
+    names = sorted(set(os.listdir(tmp_path)) - {"elsewhere"})
+    assert len(names) == 5
+    for name in [*names, "never there"]:
+        remove(str(tmp_path / name))
+    assert os.listdir(tmp_path) == ["elsewhere"]
+    assert contents(elsewhere) == {"a": b"kept", "file": b"kept"}
 
 
 @contextmanager

@@ -1,0 +1,149 @@
+"""Preparing and running jobs: options, places of outputs, and what a crash while publishing leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from reference import Raw, combined, extracted, read_checkpoint, weights, write_checkpoint
+
+import rv_distributed as rv
+from rv_distributed.job import ProgressCallback
+
+LOCAL = rv.RunOptions(runtime="local", workers=1)
+OVERWRITE = rv.RunOptions(runtime="local", workers=1, overwrite=True)
+CONFIG = b'{"torch_dtype": "bfloat16"}'
+
+
+class Inputs(NamedTuple):
+    """Three small checkpoints of one tensor."""
+
+    target: str
+    donor: str
+    reference: str
+
+    def transfer(
+        self, out: Path, alpha: float, how: rv.RunOptions, progress: ProgressCallback | None = None
+    ) -> rv.Manifest:
+        return rv.transfer(*self, str(out), alpha=alpha, run_options=how, progress=progress)
+
+    def wanted(self, alpha: float) -> dict[str, Raw]:
+        t, a, b = (read_checkpoint(path)["x"] for path in self)
+        return {"x": combined(t, [(a, b)], [alpha])}
+
+    def recipe(self, *alphas: float) -> rv.Recipe:
+        vector = rv.Vector(self.donor, self.reference)
+        return rv.Recipe("transfer", self.target, (vector,), tuple((alpha,) for alpha in alphas))
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    rng = np.random.default_rng(67)
+    return Inputs(
+        *(
+            write_checkpoint(tmp_path / role, {"x": weights(rng, "BF16", (40, 25))}, sidecars={"config.json": CONFIG})
+            for role in ("target", "donor", "reference")
+        )
+    )
+
+
+def staged(out: Path) -> Path:
+    return out.parent / f".{out.name}.rv"
+
+
+def crash_between_the_renames(inputs: Inputs, out: Path) -> None:
+    """Leave what `publish` leaves when the process dies after it has moved the old output (alpha 0.3) away and
+    before it has moved the new one (alpha 0.7) into its place."""
+
+    class Crash(Exception):
+        pass
+
+    def progress(now: rv.Progress) -> None:
+        assert now.pieces == now.pieces_total
+        raise Crash
+
+    inputs.transfer(out, 0.3, LOCAL)
+    with pytest.raises(Crash):
+        inputs.transfer(out, 0.7, OVERWRITE, progress)
+    out.rename(staged(out) / "replaced")
+
+
+def test_an_overwrite_cut_between_its_renames_ends_with_the_new_output_when_run_again(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    crash_between_the_renames(inputs, out)
+    manifest = inputs.transfer(out, 0.7, OVERWRITE)
+    assert (manifest.timings.pieces_kept, manifest.timings.bytes_written) == (manifest.timings.pieces, 0)
+    assert read_checkpoint(out) == inputs.wanted(0.7)
+    assert rv.verify(str(out)) == manifest
+    assert not staged(out).exists()
+
+
+def test_an_overwrite_cut_between_its_renames_gives_the_old_output_back_without_overwrite(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    crash_between_the_renames(inputs, out)
+    for _ in range(2):
+        with pytest.raises(rv.OutputError, match="already exists") as caught:
+            inputs.transfer(out, 0.7, LOCAL)
+        assert caught.value.exit_status == 2
+        assert read_checkpoint(out) == inputs.wanted(0.3)
+        rv.verify(str(out))
+    assert not (staged(out) / "replaced").exists()
+    assert inputs.transfer(out, 0.7, OVERWRITE).timings.bytes_written == 0
+    assert read_checkpoint(out) == inputs.wanted(0.7)
+
+
+@pytest.mark.parametrize(
+    "outs",
+    [("p", "p/q"), ("p/q", "p"), ("p/q/r", "p"), ("p", "p"), ("p", "p/"), ("p", "./p/../p/q")],
+    ids=" and ".join,
+)
+def test_outputs_of_a_sweep_that_lie_in_each_other_are_refused(
+    inputs: Inputs, tmp_path: Path, outs: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    for how in (LOCAL, OVERWRITE):
+        with pytest.raises(rv.UsageError, match="lies in"):
+            rv.prepare(inputs.recipe(0.5, 0.7), outs, rv.PlanOptions(), how)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_outputs_whose_names_only_begin_alike_are_no_outputs_in_each_other(inputs: Inputs, tmp_path: Path) -> None:
+    outs = [str(tmp_path / name) for name in ("p", "p.q", "pq")]
+    job = rv.prepare(inputs.recipe(0.5, 0.7, 1.0), outs, rv.PlanOptions(), LOCAL)
+    assert job.outs == tuple(outs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "name"),
+    [(None, "float32", "F32"), ("auto", "float32", "F32"), ("bfloat16", "bfloat16", "BF16")],
+    ids=["by default", "with auto", "with bfloat16"],
+)
+def test_a_vector_is_stored_in_float32_unless_another_dtype_is_asked_for(
+    inputs: Inputs, tmp_path: Path, asked: str | None, dtype: str, name: str
+) -> None:
+    options = rv.PlanOptions() if asked is None else rv.PlanOptions(dtype=asked)
+    assert rv.PlanOptions().dtype == "auto"
+    out = tmp_path / "vector"
+    manifest = rv.extract(inputs.donor, inputs.reference, str(out), plan_options=options, run_options=LOCAL)
+    a, b = (read_checkpoint(path)["x"] for path in (inputs.donor, inputs.reference))
+    assert read_checkpoint(out) == {"x": extracted(a, b, name)}
+    assert manifest.options["dtype"] == dtype
+    assert json.loads((out / "config.json").read_bytes()) == {"torch_dtype": dtype}
+    exact, stored = extracted(a, b, "F32"), read_checkpoint(out)["x"]
+    assert (manifest.totals.inexact_elements == 0) == (name == "F32")
+    assert len(stored.data) == len(exact.data) // (1 if name == "F32" else 2)
+
+
+def test_a_transfer_keeps_the_target_s_dtype_unless_another_is_asked_for(inputs: Inputs, tmp_path: Path) -> None:
+    for options, name in ((rv.PlanOptions(), "BF16"), (rv.PlanOptions(dtype="float32"), "F32")):
+        job = rv.prepare(inputs.recipe(0.7), [str(tmp_path / "out")], options, LOCAL)
+        assert [tensor.dtype for tensor in job.plan.tensors] == [name]
