@@ -3,10 +3,14 @@ PYTHON ?= python3
 # The torch that tests and demo run with. pyproject.toml states the range that users may have.
 TORCH ?= torch==2.13.0
 
+# Of the benchmarks; MERGEKIT may name a virtual environment that has mergekit, else one is made.
+SIZE ?= quick
+MERGEKIT ?=
+
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint format typecheck imports build check-wheel clean
+.PHONY: help demo test test-slow bench lint format typecheck imports build check-wheel clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +37,9 @@ test: $(VENV)/.dev  ## the tests
 
 test-slow: $(VENV)/.dev  ## the slow tests
 	$(BIN)/pytest -m slow
+
+bench: $(VENV)/.dev  ## the benchmarks, beside mergekit; SIZE=toy, quick or full
+	$(BIN)/python tests/benchmarks --size $(SIZE) $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 lint: $(VENV)/.dev  ## lint and format check
 	$(BIN)/ruff check .

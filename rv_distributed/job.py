@@ -210,14 +210,15 @@ class Job:
         progress: ProgressCallback | None,
     ) -> Timings:
         """Run all pieces that are not kept."""
-        began = time.monotonic()
         todo = [piece for piece in self.plan.pieces if piece.number not in kept]
         bytes_total = sum(piece.stop - piece.start for piece in todo) * len(self.outs)
         bytes_read = bytes_written = 0
         read_s = compute_s = write_s = 0.0
         tasks = (task_of(self.plan, piece) for piece in todo)
+        runtime = self._runtime(len(todo))
+        began = time.monotonic()
         # Closed before the stagings are: no worker may write once another run can take the place.
-        with closing(self._runtime(len(todo)).run(tasks, self._worker_config(stagings))) as results:
+        with closing(runtime.run(tasks, self._worker_config(stagings))) as results:
             for done, result in enumerate(results, 1):
                 for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
                     reducer.add(result.piece, spans)

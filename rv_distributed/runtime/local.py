@@ -6,8 +6,11 @@ import queue
 import threading
 from collections.abc import Generator, Iterable
 
+import torch
+
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
+from rv_distributed.runtime.worker import Stopped, Worker
 
 
 class LocalRuntime:
@@ -15,10 +18,6 @@ class LocalRuntime:
 
     def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`."""
-        import torch
-
-        from rv_distributed.runtime.worker import Stopped, Worker
-
         worker = Worker(config)
         source = iter(tasks)
         taking = threading.Lock()

@@ -130,7 +130,8 @@ class _Pool:
         self._options = options
         self._deaths_left = count + MAX_ATTEMPTS
         self._calls: dict[Any, _Call] = {}
-        self._ready: list[Any] = []
+        self._held: dict[Any, int] = {}
+        """Calls on each actor that is up."""
         self._alive: list[Any] = []
         self._requeued: deque[tuple[PieceTask, int]] = deque()
         for _ in range(count):
@@ -138,8 +139,10 @@ class _Pool:
 
     def run(self, tasks: Iterator[PieceTask]) -> Iterator[PieceResult]:
         """Yield the results of all tasks, in the order in which they are finished."""
-        self._fill(tasks)
-        while any(call.task is not None for call in self._calls.values()) or not self._ready:
+        while True:
+            self._fill(tasks)
+            if self._held and not any(self._held.values()):
+                return
             for ref in ray.wait(list(self._calls), num_returns=1)[0]:
                 call = self._calls.pop(ref)
                 try:
@@ -148,14 +151,15 @@ class _Pool:
                     raise RunError(f"a worker failed: {error.cause!r}") from error
                 except RayError as error:
                     self._lose(call, error)
+                    continue
+                if isinstance(result, RvError):
+                    raise result
+                if call.task is None:
+                    self._held[call.actor] = 0
                 else:
-                    if isinstance(result, RvError):
-                        raise result
-                    if call.task is None:
-                        self._ready.append(call.actor)
-                    else:
-                        yield result
-            self._fill(tasks)
+                    if call.actor in self._held:
+                        self._held[call.actor] -= 1
+                    yield result
 
     def kill(self) -> None:
         """End all actors, whatever they are doing."""
@@ -170,21 +174,20 @@ class _Pool:
     def _fill(self, tasks: Iterator[PieceTask]) -> None:
         """Give every ready actor as many calls as it has streams, and one to wait for its turn."""
         for depth in range(self._config.streams + 1):
-            for actor in self._ready:
-                held = sum(1 for call in self._calls.values() if call.actor is actor)
+            for actor, held in self._held.items():
                 if held > depth:
                     continue
                 task, attempt = self._requeued.popleft() if self._requeued else (next(tasks, None), 1)
                 if task is None:
                     return
                 self._calls[actor.run.remote(task)] = _Call(actor, task, attempt)
+                self._held[actor] += 1
 
     def _lose(self, call: _Call, error: RayError) -> None:
         """Take an actor out of the pool, requeue its pieces, and ask for another in its place."""
         if call.actor in self._alive:
             self._alive.remove(call.actor)
-            if call.actor in self._ready:
-                self._ready.remove(call.actor)
+            self._held.pop(call.actor, None)
             ray.kill(call.actor)
             self._deaths_left -= 1
             if self._deaths_left <= 0:

@@ -1,0 +1,32 @@
+"""The benchmark suite works: a toy run measures every row, and what its commands wrote verifies."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SUITE = Path(__file__).parent
+#: Rows whose commands of ours leave outputs; `plan` and `help` write none.
+WRITING = {"steady-warm", "steady-cold", "apply", "alphas", "memory-toy", "memory-one-tensor-8388608", "scheduling"}
+
+
+@pytest.mark.timeout(600)
+def test_a_toy_suite_measures_every_row_and_its_outputs_verify(tmp_path: Path) -> None:
+    command = [sys.executable, str(SUITE), "--size", "toy", "--work", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {figure["row"] for figure in results["figures"]} == WRITING | {"plan", "help", "memory"}
+    for figure in results["figures"]:
+        assert math.isfinite(figure["value"]), figure
+        assert all(math.isfinite(value) for side in figure["raw"].values() for value in side), figure
+    assert set(results["verified"]) == WRITING
+    assert results["verified"].count("alphas") == 4
+    assert ended.stdout == (tmp_path / "results.md").read_text()
+    assert ended.stdout.count("\n") == 2 + len(results["figures"])
