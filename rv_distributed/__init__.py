@@ -6,29 +6,35 @@
 >>> rv.transfer("models/target", "models/grpo", "models/sft", "models/out", alpha=0.7)
 """
 
-from rv_distributed.api import apply, extract, transfer
-from rv_distributed.checkpoint.manifest import Manifest
-from rv_distributed.checkpoint.model import Checkpoint, Tensor
-from rv_distributed.errors import (
-    ChangedError,
-    Finding,
-    InputError,
-    Interrupted,
-    OutputError,
-    PieceError,
-    Problem,
-    RunError,
-    RvError,
-    UsageError,
-    VerifyError,
-    WorkerError,
-)
-from rv_distributed.job import Job, Progress, prepare
-from rv_distributed.opening import open_checkpoint
-from rv_distributed.plan import PlanOptions
-from rv_distributed.recipe import Recipe, Vector
-from rv_distributed.runtime.select import RunOptions
-from rv_distributed.verify import verify
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rv_distributed.api import apply, extract, transfer
+    from rv_distributed.checkpoint.manifest import Manifest
+    from rv_distributed.checkpoint.model import Checkpoint, Tensor
+    from rv_distributed.errors import (
+        ChangedError,
+        Finding,
+        InputError,
+        Interrupted,
+        OutputError,
+        PieceError,
+        Problem,
+        RunError,
+        RvError,
+        UsageError,
+        VerifyError,
+        WorkerError,
+    )
+    from rv_distributed.job import Job, Progress, prepare
+    from rv_distributed.opening import open_checkpoint
+    from rv_distributed.plan import PlanOptions
+    from rv_distributed.recipe import Recipe, Vector
+    from rv_distributed.runtime.select import RunOptions
+    from rv_distributed.verification import verify
 
 __version__ = "0.1.0"
 
@@ -61,3 +67,47 @@ __all__ = [
     "transfer",
     "verify",
 ]
+
+#: Where each public name is defined. They are imported at first use, so that a command that only prints its
+#: help, or a worker that needs one module, does not load the others.
+_HOMES = {
+    "ChangedError": "rv_distributed.errors",
+    "Checkpoint": "rv_distributed.checkpoint.model",
+    "Finding": "rv_distributed.errors",
+    "InputError": "rv_distributed.errors",
+    "Interrupted": "rv_distributed.errors",
+    "Job": "rv_distributed.job",
+    "Manifest": "rv_distributed.checkpoint.manifest",
+    "OutputError": "rv_distributed.errors",
+    "PieceError": "rv_distributed.errors",
+    "PlanOptions": "rv_distributed.plan",
+    "Problem": "rv_distributed.errors",
+    "Progress": "rv_distributed.job",
+    "Recipe": "rv_distributed.recipe",
+    "RunError": "rv_distributed.errors",
+    "RunOptions": "rv_distributed.runtime.select",
+    "RvError": "rv_distributed.errors",
+    "Tensor": "rv_distributed.checkpoint.model",
+    "UsageError": "rv_distributed.errors",
+    "Vector": "rv_distributed.recipe",
+    "VerifyError": "rv_distributed.errors",
+    "WorkerError": "rv_distributed.errors",
+    "apply": "rv_distributed.api",
+    "extract": "rv_distributed.api",
+    "open_checkpoint": "rv_distributed.opening",
+    "prepare": "rv_distributed.job",
+    "transfer": "rv_distributed.api",
+    "verify": "rv_distributed.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

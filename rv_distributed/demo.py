@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from rv_distributed.api import apply, extract, transfer
 from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.runtime.select import RunOptions
-from rv_distributed.verify import verify
+from rv_distributed.verification import verify
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

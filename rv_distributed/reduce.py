@@ -13,7 +13,6 @@ import platform
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib import metadata
 
 from blake3 import blake3
 
@@ -193,6 +192,8 @@ def formula(plan: Plan, alphas: tuple[float, ...]) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that an output's bytes may depend on."""
+    from importlib import metadata
+
     packages = ("rv-distributed", "torch", "safetensors", "pyarrow", "blake3")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json as jsonlib
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rv_distributed.checkpoint.manifest import ManifestError, manifest_from
-from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.cli import options as opt
 from rv_distributed.cli.units import show_bytes, show_count
-from rv_distributed.opening import open_checkpoint
+
+if TYPE_CHECKING:
+    from rv_distributed.checkpoint.model import Checkpoint
 
 
 def inspect(
@@ -25,6 +25,8 @@ def inspect(
       rv inspect models/instruct
       rv inspect out --json
     """
+    from rv_distributed.opening import open_checkpoint
+
     opened = open_checkpoint(checkpoint)
     print(jsonlib.dumps(_document(opened), indent=2) if json else _text(opened))
 
@@ -73,6 +75,8 @@ def _text(opened: Checkpoint) -> str:
 
 
 def _made_by(document: Any) -> list[tuple[str, str]]:
+    from rv_distributed.checkpoint.manifest import ManifestError, manifest_from
+
     try:
         manifest = manifest_from(document)
     except ManifestError as error:

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from rv_distributed.cli.options import Common, Out, with_common
-from rv_distributed.cli.run import run
 from rv_distributed.errors import UsageError
 from rv_distributed.recipe import Recipe, Vector
 
@@ -33,7 +32,7 @@ def extract(donor: Donor, reference: Reference, out: Out, common: Common) -> Non
       rv extract --donor grpo --reference sft --out vector
       rv extract --donor grpo --reference sft --out vector-mlp --include '\\.mlp\\.'
     """
-    run(Recipe("extract", None, (Vector(donor, reference),), ((1.0,),)), [out], common)
+    _run(Recipe("extract", None, (Vector(donor, reference),), ((1.0,),)), [out], common)
 
 
 @with_common
@@ -48,7 +47,7 @@ def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alph
     named = [_split(text) for text in vector]
     alphas = _alphas(alpha)
     rows = tuple(tuple(value if own is None else own for _, own in named) for _, value in alphas)
-    run(Recipe("apply", target, tuple(Vector(path) for path, _ in named), rows), _outs(out, alphas), common)
+    _run(Recipe("apply", target, tuple(Vector(path) for path, _ in named), rows), _outs(out, alphas), common)
 
 
 @with_common
@@ -64,7 +63,14 @@ def transfer(
     """
     alphas = _alphas(alpha)
     rows = tuple((value,) for _, value in alphas)
-    run(Recipe("transfer", target, (Vector(donor, reference),), rows), _outs(out, alphas), common)
+    _run(Recipe("transfer", target, (Vector(donor, reference),), rows), _outs(out, alphas), common)
+
+
+def _run(recipe: Recipe, outs: list[str], common: Common) -> None:
+    # Imported here, as in the other commands: --help needs nothing of it.
+    from rv_distributed.cli.run import run
+
+    run(recipe, outs, common)
 
 
 def _split(text: str) -> tuple[str, float | None]:

@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from rv_distributed.cli.units import parse_bytes
-from rv_distributed.plan import PlanOptions
 from rv_distributed.runtime.select import DeviceName, RunOptions, RuntimeName
+
+if TYPE_CHECKING:
+    from rv_distributed.plan import PlanOptions
 
 Out = Annotated[str, typer.Option("--out", help="Folder to make; it appears when it is complete.", metavar="PATH")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
@@ -62,6 +64,8 @@ class Common:
 
     def plan_options(self) -> PlanOptions:
         """The options of the plan. Raises UsageError."""
+        from rv_distributed.plan import PlanOptions
+
         nbytes = parse_bytes(self.max_shard_size, "--max-shard-size")
         return PlanOptions(self.dtype, nbytes, self.include, self.exclude)
 

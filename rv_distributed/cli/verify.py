@@ -10,7 +10,6 @@ import typer
 
 from rv_distributed.cli import options as opt
 from rv_distributed.cli.units import show_bytes, show_seconds
-from rv_distributed.verify import verify as verify_output
 
 
 def verify(
@@ -26,6 +25,8 @@ def verify(
     Example:
       rv verify out
     """
+    from rv_distributed.verification import verify as verify_output
+
     began = time.monotonic()
     manifest = verify_output(out)
     seconds = time.monotonic() - began

@@ -18,7 +18,7 @@ import measure
 import shapes
 from measure import CacheState
 
-from rv_distributed.verify import verify
+from rv_distributed.verification import verify
 
 SizeName = Literal["toy", "quick", "full"]
 
