@@ -43,17 +43,15 @@ def _root(
 
 def main() -> None:
     """Run ``rv`` with the process's arguments, and exit with its status."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    # An exception of ours for both: typer would turn KeyboardInterrupt into a silent Abort.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
     try:
         status = app(prog_name="rv", standalone_mode=False)
     except typer.Exit as done:
         status = done.exit_code
-    except typer.Abort:
-        status = 130
     except RvError as error:
         status = report(error)
-    except KeyboardInterrupt:
-        status = report(Interrupted(signal.SIGINT))
     except OSError as error:
         status = report(RunError(f"{error.filename or 'storage'}: {error.strerror or error}"))
     except Exception as error:
@@ -90,5 +88,5 @@ def report(error: RvError) -> int:
     return error.exit_status
 
 
-def _on_sigterm(signum: int, _frame: FrameType | None) -> None:
+def _interrupt(signum: int, _frame: FrameType | None) -> None:
     raise Interrupted(signum)

@@ -10,6 +10,8 @@ a `PieceResult`.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
@@ -90,6 +92,7 @@ class RayRuntime:
 
     def _connect(self, address: str) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         try:
             if address:
@@ -104,6 +107,10 @@ class RayRuntime:
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UsageError(f"no Ray cluster could be reached at {address or 'this machine'}: {error}") from error
+        finally:
+            # ray.init puts a handler of its own in the caller's place.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
 
     def _pool(self, config: WorkerConfig) -> _Pool:
         resources = ray.cluster_resources()

@@ -1,0 +1,61 @@
+"""SIGINT and SIGTERM: the documented status, nothing published, and a run that goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rv_distributed.demo import make_checkpoints
+
+#: ``rv`` with a progress display that sends the process a signal at its second piece, and then waits for it.
+INTERRUPTED = """
+import contextlib, os, threading
+import rv_distributed.cli.run as run
+
+@contextlib.contextmanager
+def display(job, *, shown):
+    def show(progress):
+        if progress.pieces == 2:
+            os.kill(os.getpid(), int(os.environ["TEST_SIGNAL"]))
+            threading.Event().wait()
+    yield show
+
+run.progress_display = display
+from rv_distributed.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_with_its_status_and_the_next_run_resumes(signum: signal.Signals, tmp_path: Path) -> None:
+    make_checkpoints(str(tmp_path))
+    out = tmp_path / "out"
+    command = ["transfer", "--max-shard-size", "1MB", "--workers", "1", "--out", str(out)]
+    for role in ("target", "donor", "reference"):
+        command += [f"--{role}", str(tmp_path / role)]
+
+    def rv(script: str, *more: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-c", script, *command, *more]
+        environment = {**os.environ, "TEST_SIGNAL": str(int(signum))}
+        return subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+    stopped = rv(INTERRUPTED)
+    assert stopped.returncode == 128 + signum
+    assert f"stopped by {signum.name}" in stopped.stderr
+    assert "run the same command again to resume" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not out.exists()
+
+    plain = "from rv_distributed.cli import main; main()"
+    resumed = rv(plain)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "pieces kept from an earlier run" in resumed.stdout
+    kept = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    again = rv(plain, "--overwrite")
+    assert again.returncode == 0, again.stderr
+    assert kept == {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
