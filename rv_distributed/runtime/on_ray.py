@@ -150,7 +150,7 @@ class _Pool:
             self._fill(tasks)
             if self._held and not any(self._held.values()):
                 return
-            for ref in ray.wait(list(self._calls), num_returns=1)[0]:
+            for ref in _wait(list(self._calls)):
                 call = self._calls.pop(ref)
                 try:
                     result = ray.get(ref)
@@ -208,6 +208,18 @@ class _Pool:
                     f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {_brief(error)}"
                 ) from error
             self._requeued.append((call.task, call.attempt + 1))
+
+
+def _wait(calls: list[Any]) -> list[Any]:
+    """The calls that have ended, once there is one."""
+    try:
+        ended: list[Any] = ray.wait(calls, num_returns=1)[0]
+    except SystemError as error:
+        # What a signal handler raised, wrapped by the extension module that it interrupted.
+        if isinstance(error.__cause__, RvError):
+            raise error.__cause__ from None
+        raise
+    return ended
 
 
 def _brief(error: RayError) -> str:
