@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -79,8 +80,9 @@ def known_speed(folder: str) -> StorageSpeed | None:
     """What `measure_storage` last found for the file system of ``folder``, if it ever did."""
     try:
         kept = json.loads(_cache_file().read_bytes())
-        return StorageSpeed(**kept[str(os.stat(folder).st_dev)])
-    except (OSError, ValueError, KeyError, TypeError):
+        speed = StorageSpeed(**kept[str(os.stat(folder).st_dev)])
+        return speed if min(speed.write, speed.read, speed.cached_read, speed.mixed) > 0 else None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
 
 
@@ -168,11 +170,13 @@ def _cache_file() -> Path:
 
 
 def _remember(folder: str, speed: StorageSpeed) -> None:
-    path = _cache_file()
-    try:
-        kept = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        kept = {}
-    kept[str(os.stat(folder).st_dev)] = asdict(speed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=2))
+    # Without a home, or a place to write in it, the figures are just not kept.
+    with suppress(OSError, RuntimeError):
+        path = _cache_file()
+        try:
+            kept = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            kept = {}
+        kept[str(os.stat(folder).st_dev)] = asdict(speed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept, indent=2))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from rv_distributed.checkpoint.manifest import Manifest, Timings
+from rv_distributed.checkpoint.manifest import MANIFEST_FILE, Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.errors import InputError, OutputError, Problem, UsageError
 from rv_distributed.identity import identity_of
@@ -29,6 +29,7 @@ from rv_distributed.runtime.model import Runtime, WorkerConfig
 from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpus
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to_read, size_buffers
 from rv_distributed.staging import Staging, staging_folder
+from rv_distributed.storage import local_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,15 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     """
     if len(outs) != len(recipe.alphas):
         raise UsageError("give each alpha an output of its own")
+    outs = [local_path(out) for out in outs]
     with _collector_paused():
         opened = _open_all(recipe)
         _check_places(outs, opened, run_options)
         plan = make_plan(recipe, opened, plan_options)
     runtime = choose_runtime(run_options)
     streams = (run_options.workers or min(16, 2 * usable_cpus())) if runtime == "local" else 2
-    sizing = size_buffers(plan, streams=streams, budget_bytes=run_options.memory_budget_bytes or DEFAULT_BUDGET_BYTES)
-    return Job(recipe, opened, plan, tuple(map(os.path.abspath, outs)), run_options, runtime, sizing)
+    sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options))
+    return Job(recipe, opened, plan, tuple(outs), run_options, runtime, sizing)
 
 
 @contextmanager
@@ -105,7 +107,7 @@ def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
 
 
 def _check_places(outs: Sequence[str], opened: Mapping[str, Checkpoint], options: RunOptions) -> None:
-    places = sorted(map(os.path.abspath, outs))
+    places = sorted(outs)
     for out, other in combinations(places, 2):
         if os.path.commonpath([out, other]) == out:
             raise UsageError(f"--out: {other} lies in {out}; give each alpha a folder beside the others")
@@ -116,11 +118,25 @@ def _check_places(outs: Sequence[str], opened: Mapping[str, Checkpoint], options
                 raise OutputError(f"{out}: the output and the input {checkpoint.uri} overlap. Give another --out.")
         if os.path.lexists(out) and not options.overwrite:
             raise OutputError(f"{out} already exists. Give another --out, or --overwrite to replace it.")
+        if os.path.ismount(out):
+            raise OutputError(f"{out} is a mount point, which no rename can replace. Give a folder in it as --out.")
+        if os.path.isdir(out) and not os.path.islink(out) and os.listdir(out) and not _is_output(out):
+            raise OutputError(f"{out} is no output of rv, so --overwrite leaves it alone. Remove it yourself first.")
         parent = os.path.dirname(out)
-        while not os.path.exists(parent):
+        while not os.path.lexists(parent):
             parent = os.path.dirname(parent)
+        if not os.path.isdir(parent):
+            raise OutputError(f"{out}: {parent} is no folder. Give another --out.")
         if not os.access(parent, os.W_OK):
             raise OutputError(f"{out}: {parent} cannot be written to. Give another --out, or change its permissions.")
+
+
+def _budget(options: RunOptions) -> int:
+    return DEFAULT_BUDGET_BYTES if options.memory_budget_bytes is None else options.memory_budget_bytes
+
+
+def _is_output(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, MANIFEST_FILE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +196,7 @@ class Job:
         """
         self.check_space()
         with ExitStack() as stack:
+            runtime = stack.enter_context(self._runtime())
             stagings = []
             for number, out in enumerate(self.outs):
                 identity = identity_of(self.plan, number)
@@ -188,7 +205,7 @@ class Job:
                 stagings.append(stack.enter_context(closing(staging)))
             reducers = [Reducer(self.plan, number, staging) for number, staging in enumerate(stagings)]
             kept = self._keep(stagings, reducers)
-            timings = self._stream(stagings, reducers, kept, progress)
+            timings = self._stream(runtime, stagings, reducers, kept, progress)
             frame = self.opened[self.recipe.target or self.recipe.vectors[0].plus]
             return tuple(reducer.commit(frame, self.opened, timings) for reducer in reducers)
 
@@ -204,6 +221,7 @@ class Job:
 
     def _stream(
         self,
+        runtime: Runtime,
         stagings: Sequence[Staging],
         reducers: Sequence[Reducer],
         kept: set[int],
@@ -215,7 +233,6 @@ class Job:
         bytes_read = bytes_written = 0
         read_s = compute_s = write_s = 0.0
         tasks = (task_of(self.plan, piece) for piece in todo)
-        runtime = self._runtime(len(todo))
         began = time.monotonic()
         # Closed before the stagings are: no worker may write once another run can take the place.
         with closing(runtime.run(tasks, self._worker_config(stagings))) as results:
@@ -252,16 +269,17 @@ class Job:
             measure=True,
         )
 
-    def _runtime(self, pieces: int) -> Runtime:
+    def _runtime(self) -> Runtime:
         if self.runtime == "ray":
             from rv_distributed.runtime.on_ray import RayRuntime
 
             return RayRuntime(
                 address=self.options.address,
                 workers=self.options.workers,
-                pieces=pieces,
+                pieces=len(self.plan.pieces),
                 buffer_bytes=self.sizing.buffer_bytes,
+                device=self.options.device,
             )
         from rv_distributed.runtime.local import LocalRuntime
 
-        return LocalRuntime()
+        return LocalRuntime(self.options.device)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 class Measures(NamedTuple):
     """What one block tells of the vector ``v`` and the target ``t``; blocks are added up by `plus`.
 
-    ``v`` is ``d`` when there is one vector, and ``acc − t`` when there are several.
+    ``v`` is ``d`` when the run has one vector, and ``acc − t`` when it has several.
     """
 
     v_sq: float = 0.0

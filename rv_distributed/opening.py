@@ -7,6 +7,7 @@ together, as one InputError.
 from __future__ import annotations
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -26,6 +27,7 @@ from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
 from rv_distributed.checkpoint.sidecars import is_sidecar
 from rv_distributed.errors import InputError, Problem
 from rv_distributed.storage import PosixFolder, open_folder
+from rv_distributed.storage.posix import is_text
 
 #: One read fetches most headers whole.
 _FIRST_READ_BYTES: Final = 256 * 1024
@@ -36,7 +38,7 @@ _DOWNLOAD_AGAIN: Final = "Download the file again."
 _SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
-def open_checkpoint(uri: str) -> Checkpoint:
+def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     """Read everything but the weights of the checkpoint in a folder.
 
     ``open_checkpoint(uri).tensors[name]`` gives a tensor's dtype, shape, file and byte range.
@@ -46,7 +48,11 @@ def open_checkpoint(uri: str) -> Checkpoint:
     """
     folder = open_folder(uri)
     files = {file.name: file for file in folder.files()}
-    problems: list[Problem] = []
+    problems: list[Problem] = [
+        Problem(folder.uri, f"holds a file whose name is not UTF-8: {name!r}", "Rename the file.")
+        for name in files
+        if not is_text(name)
+    ]
     warnings: list[str] = []
     weight_map, shards = _choose_shards(folder, files, problems, warnings)
 
@@ -113,7 +119,10 @@ def _choose_shards(
             what = f"names the shard {name}, which is missing"
             problems.append(Problem(where, what, "Download the shard, or correct the index."))
     stray = sorted(set(present) - set(named))
-    if stray:
+    if SINGLE_FILE in stray:
+        what = "stands beside an index that does not name it, and transformers would load it instead of the shards"
+        problems.append(Problem(folder.path(SINGLE_FILE), what, "Remove the index, or this file."))
+    elif stray:
         warnings.append(f"{folder.uri}: the index does not name {', '.join(stray)}: not read")
     return weight_map, [files[name] for name in named if name in files]
 

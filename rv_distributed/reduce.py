@@ -94,7 +94,7 @@ class Reducer:
             totals=_totals(self._plan, rows),
             timings=timings,
         )
-        names = {checkpoint.uri: model_name(checkpoint.uri, checkpoint.config) for checkpoint in opened.values()}
+        names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
         card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(frame)).encode())
         manifest = manifest.with_file(card)
         self._write(MANIFEST_FILE, manifest.to_json())
@@ -132,6 +132,7 @@ class Reducer:
             shard=self._plan.shards[tensor.shard].name,
             start=tensor.start,
             stop=tensor.stop,
+            bytes=tensor.stop - tensor.start,
             digest=digest_of(digests),
             parts=parts,
             rule=tensor.rule,

@@ -1,6 +1,6 @@
 """The place beside an output where it is made: preallocated shards, records of finished pieces, a lock.
 
-For an output ``/models/out`` everything lies in ``/models/.out.rv/``: ``output/`` becomes the output by one
+For an output ``/models/out`` everything lies in ``/models/.out.rv/``: ``output-*/`` becomes the output by one
 rename, ``plan.json`` says what is being made, ``records.jsonl`` has a line for every finished piece. The
 folder outlives a run that fails, and the next run of the same plan continues from it.
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import secrets
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 from blake3 import blake3
@@ -22,6 +22,7 @@ from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.storage.publish import locked, preallocate, publish, recover, remove, sync, write_durably
 
+_LOCK: Final = "lock"
 _READ_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 4
 
@@ -37,7 +38,6 @@ class Staging:
         """
         self.out = os.path.abspath(out)
         self._work = staging_folder(self.out)
-        self.folder = os.path.join(self._work, "output")
         self._journal_path = os.path.join(self._work, "records.jsonl")
         self._overwrite = overwrite
         self._replaced = os.path.join(self._work, "replaced")
@@ -47,40 +47,53 @@ class Staging:
         except OSError as error:
             raise OutputError(f"{self._work} cannot be made: {error.strerror}. Check the output's folder.") from error
         with ExitStack() as stack:
-            stack.enter_context(locked(os.path.join(self._work, "lock"), subject=self.out))
+            stack.enter_context(locked(os.path.join(self._work, _LOCK), subject=self.out))
             recover(self.out, replaced=self._replaced)
             if os.path.lexists(self.out) and not overwrite:
                 raise OutputError(f"{self.out} already exists. Give another --out, or --overwrite to replace it.")
-            self._claim(identity, restart)
+            self.folder = self._claim(identity, restart)
             self._journal = stack.enter_context(open(self._journal_path, "a+", encoding="utf-8"))
             # A record that a crash tore must not take the next one with it.
             self._journal.write("\n")
             self._closing = stack.pop_all()
 
-    def _claim(self, identity: Mapping[str, Any], restart: bool) -> None:
+    def _claim(self, identity: Mapping[str, Any], restart: bool) -> str:
+        """The folder to make the output in: that of the unfinished run, or a new one.
+
+        Each new one has a name of its own: a worker of an earlier run that was cut off and comes back can never
+        write into a later run's files.
+        """
         path = os.path.join(self._work, "plan.json")
         if os.path.exists(path) and not restart:
             try:
                 with open(path, encoding="utf-8") as file:
                     held = json.load(file)
-            except ValueError as error:
+                name, held_identity = held["folder"], held["identity"]
+            except (ValueError, KeyError, TypeError) as error:
                 raise OutputError(
-                    f"{path}: what an unfinished run was making cannot be read ({error}). "
+                    f"{path}: what an unfinished run was making cannot be read ({error!r}). "
                     "Give --restart to throw its pieces away."
                 ) from None
-            if held != json.loads(json.dumps(identity)):
-                difference = _difference(held, identity)
+            if held_identity != json.loads(json.dumps(identity)):
+                difference = _difference(held_identity, identity)
                 raise OutputError(
                     f"{self.out}: an unfinished run was begun with other inputs or options ({difference}). "
                     "Run that command again to finish it, or give --restart to throw its pieces away."
                 )
-            # It is gone when the run was stopped between publishing and cleaning up.
-            os.makedirs(self.folder, exist_ok=True)
-            return
-        for stale in (path, self._journal_path, self.folder):
-            remove(stale)
-        os.makedirs(self.folder)
-        write_durably(path, json.dumps(identity, indent=2).encode())
+        else:
+            self._empty()
+            name = f"output-{secrets.token_hex(6)}"
+            write_durably(path, json.dumps({"folder": name, "identity": identity}, indent=2).encode())
+        folder = os.path.join(self._work, os.path.basename(name))
+        # Missing, too, when a run was stopped between publishing and cleaning up.
+        os.makedirs(folder, exist_ok=True)
+        return folder
+
+    def _empty(self) -> None:
+        """Remove all but the lock."""
+        for name in os.listdir(self._work):
+            if name != _LOCK:
+                remove(os.path.join(self._work, name))
 
     def preallocate(self, plan: Plan) -> None:
         """Reserve the space of every shard. Raises OutputError when it is not there."""
@@ -151,8 +164,16 @@ class Staging:
         if os.path.lexists(self.out) and not self._overwrite:
             raise OutputError(f"{self.out} appeared while the run was going on; the finished pieces are kept")
         publish(self.folder, self.out, replaced=self._replaced)
-        shutil.rmtree(self._work)
-        sync(os.path.dirname(self.out))
+        # The output is there: nothing that goes wrong from here on makes the run a failure, and network file
+        # systems keep the names of files that are still open.
+        with suppress(OSError):
+            self._journal.close()
+            self._empty()
+            os.remove(os.path.join(self._work, _LOCK))
+        self.close()
+        with suppress(OSError):
+            os.rmdir(self._work)
+            sync(os.path.dirname(self.out))
 
     def close(self) -> None:
         """Let go of the place; what is in it stays for the next run."""

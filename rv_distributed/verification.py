@@ -60,7 +60,12 @@ def verify(uri: str, *, progress: VerifyProgress | None = None) -> Manifest:
     if TABLE_FILE not in whole or any(finding.file == TABLE_FILE for finding in findings):
         raise VerifyError(folder.uri, findings)  # without the table nothing is known of the tensors
 
-    rows = read_table(folder.read(TABLE_FILE))
+    try:
+        rows = read_table(folder.read(TABLE_FILE))
+    except ValueError as error:
+        raise VerifyError(folder.uri, [*findings, Finding(TABLE_FILE, str(error))]) from error
+    if {row.shard for row in rows} - {shard.name for shard in manifest.shards}:
+        findings.append(Finding(TABLE_FILE, "names shards that are not in the manifest"))
     findings += _check_index(folder, manifest, rows) if INDEX_FILE in whole else []
     shards = [shard for shard in manifest.shards if shard.name in whole]
     findings += _check_shards(folder, shards, rows, progress)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from rv_distributed.checkpoint.manifest import Manifest
 
 TAGS: Final = ("merge", "task-arithmetic", "reasoning-vector")
 _CACHE_FOLDER: Final = re.compile(r"/models--([^/]+)/snapshots/")
-_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_name(uri: str, config: Mapping[str, Any]) -> str:
-    """The Hub id of a checkpoint where its path or its config tells it; else its folder's name."""
+def model_name(uri: str) -> str:
+    """The Hub id of a checkpoint in the Hub's cache; else its folder's name. (config.json's ``_name_or_path`` is
+    often that of the model that training began with.)"""
     if cached := _CACHE_FOLDER.search(uri + "/"):
         return cached[1].replace("--", "/", 1)
-    known = config.get("_name_or_path")
-    if isinstance(known, str) and _HUB_ID.fullmatch(known):
-        return known
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 

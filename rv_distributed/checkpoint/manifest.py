@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 MANIFEST_FILE: Final = "rv_manifest.json"
 TABLE_FILE: Final = "rv_tensors.parquet"
@@ -133,23 +133,64 @@ class ManifestError(ValueError):
 
 def manifest_from(document: object) -> Manifest:
     """The manifest in a parsed document. Raises ManifestError naming what is wrong."""
-    if not isinstance(document, Mapping):
+    if not isinstance(document, dict):
         raise ManifestError("is not a JSON object")
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ManifestError(f"has schema_version {version!r}; this version reads {SCHEMA_VERSION}")
-    try:
-        values = {field.name: document[field.name] for field in fields(Manifest)}
-        values["inputs"] = tuple(InputEntry(**item) for item in values["inputs"])
-        values["shards"] = tuple(ShardEntry(**item) for item in values["shards"])
-        values["files"] = tuple(FileEntry(**item) for item in values["files"])
-        values["left_out"] = tuple(LeftOut(**item) for item in values["left_out"])
-        values["alphas"] = tuple(values["alphas"])
-        values["totals"] = Totals(**values["totals"])
-        values["timings"] = Timings(**values["timings"])
-    except (KeyError, TypeError) as error:
-        raise ManifestError(f"is not a manifest: {error}") from None
-    return Manifest(**values)
+    _check_names(Manifest, document)
+    values = {
+        **document,
+        "inputs": _all_of(InputEntry, document.get("inputs")),
+        "shards": _all_of(ShardEntry, document.get("shards")),
+        "files": _all_of(FileEntry, document.get("files")),
+        "left_out": _all_of(LeftOut, document.get("left_out")),
+        "alphas": tuple(_list(document.get("alphas"))),
+        "totals": _one_of(Totals, document.get("totals")),
+        "timings": _one_of(Timings, document.get("timings")),
+    }
+    return _one_of(Manifest, values)
+
+
+_Entry = TypeVar("_Entry")
+#: The types of the fields of all entries, as they are annotated; others hold entries that are checked already.
+_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "Mapping[str, str]": (dict,),
+}
+
+
+def _one_of(kind: type[_Entry], document: object) -> _Entry:
+    values = _check_names(kind, document)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if not isinstance(values[field.name], _TYPES.get(str(field.type), (object,))):
+            raise ManifestError(f"is not a manifest: {field.name} of {kind.__name__} is {values[field.name]!r:.80}")
+    return kind(**values)
+
+
+def _check_names(kind: type[Any], document: object) -> dict[str, Any]:
+    """The document, whose names are those of the fields of ``kind``."""
+    wanted = {field.name for field in fields(kind)}
+    if not isinstance(document, dict):
+        raise ManifestError(f"is not a manifest: {kind.__name__} is {document!r:.80}")
+    if document.keys() != wanted:
+        odd = ", ".join(sorted(map(repr, document.keys() ^ wanted)))
+        raise ManifestError(f"is not a manifest: {kind.__name__} lacks, or has too many of, {odd}")
+    return document
+
+
+def _all_of(kind: type[_Entry], documents: object) -> tuple[_Entry, ...]:
+    return tuple(_one_of(kind, document) for document in _list(documents))
+
+
+def _list(documents: object) -> list[Any]:
+    if not isinstance(documents, list):
+        raise ManifestError(f"is not a manifest: {documents!r:.80} is no list")
+    return documents
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from blake3 import blake3
 
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
 #: BLAKE3 of nothing: the digest of a tensor without elements.
 NO_BYTES: Final = blake3(b"").hexdigest()
 
@@ -32,6 +34,7 @@ class TensorRow(NamedTuple):
     start: int
     """First byte in the shard's file."""
     stop: int
+    bytes: int
     digest: str
     """BLAKE3 of its bytes when it has one part; else of the parts' concatenated raw digests."""
     parts: tuple[PartDigest, ...]
@@ -57,25 +60,7 @@ def write_table(rows: Iterable[TensorRow]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types: dict[str, Any] = {
-        "name": pa.string(),
-        "dtype": pa.string(),
-        "shape": pa.list_(pa.int64()),
-        "shard": pa.string(),
-        "start": pa.int64(),
-        "stop": pa.int64(),
-        "digest": pa.string(),
-        "parts": pa.list_(pa.struct([("start", pa.int64()), ("stop", pa.int64()), ("digest", pa.string())])),
-        "rule": pa.string(),
-        "why": pa.string(),
-        "v_norm": pa.float64(),
-        "t_norm": pa.float64(),
-        "v_max": pa.float64(),
-        "changed": pa.int64(),
-        "changed_fraction": pa.float64(),
-        "inexact": pa.int64(),
-    }
-    schema = pa.schema([(column, types[column]) for column in TensorRow._fields])
+    schema = _schema()
     columns: dict[str, list[Any]] = {column: [] for column in TensorRow._fields}
     for row in rows:
         for column, value in zip(TensorRow._fields, row, strict=True):
@@ -91,7 +76,15 @@ def read_table(raw: bytes) -> list[TensorRow]:
     import pyarrow.parquet as pq
 
     try:
-        rows: Sequence[dict[str, Any]] = pq.read_table(pa.BufferReader(raw)).to_pylist()
+        table = pq.read_table(pa.BufferReader(raw))
+        if not table.schema.equals(_schema()):
+            raise ValueError("it has other columns")
+        rows: Sequence[dict[str, Any]] = table.to_pylist()
+        for row in rows:
+            digests = [row["digest"], *(part["digest"] for part in row["parts"])]
+            places = [row["start"], row["stop"], *(place for p in row["parts"] for place in (p["start"], p["stop"]))]
+            if None in places or row["name"] is None or not all(_DIGEST.fullmatch(digest) for digest in digests):
+                raise ValueError(f"the row of {row['name']!r} is not whole")
         return [
             TensorRow(
                 **{
@@ -104,6 +97,31 @@ def read_table(raw: bytes) -> list[TensorRow]:
         ]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"is not a table of tensors: {error}") from None
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    types: dict[str, Any] = {
+        "name": pa.string(),
+        "dtype": pa.string(),
+        "shape": pa.list_(pa.uint64()),
+        "shard": pa.string(),
+        "start": pa.int64(),
+        "stop": pa.int64(),
+        "bytes": pa.int64(),
+        "digest": pa.string(),
+        "parts": pa.list_(pa.struct([("start", pa.int64()), ("stop", pa.int64()), ("digest", pa.string())])),
+        "rule": pa.string(),
+        "why": pa.string(),
+        "v_norm": pa.float64(),
+        "t_norm": pa.float64(),
+        "v_max": pa.float64(),
+        "changed": pa.int64(),
+        "changed_fraction": pa.float64(),
+        "inexact": pa.int64(),
+    }
+    return pa.schema([(column, types[column]) for column in TensorRow._fields])
 
 
 def digest_of(digests: Sequence[str]) -> str:

@@ -61,6 +61,8 @@ def main() -> None:
             raise
         show()
         status = 2
+        if "--json" in sys.argv[1:]:
+            print_error(type(error).__name__, str(error), status)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -70,22 +72,24 @@ def report(error: RvError) -> int:
     resumable = isinstance(error, (Interrupted, RunError))
     print(f"rv: {error}{hint if resumable else ''}", file=sys.stderr)
     if "--json" in sys.argv[1:]:
-        document: dict[str, object] = {
-            "schema_version": 1,
-            "status": "error",
-            "error": {"type": type(error).__name__, "message": str(error), "exit_status": error.exit_status},
-        }
+        more: dict[str, object] = {}
         if isinstance(error, InputError):
-            document["problems"] = [
+            more["problems"] = [
                 {"where": p.where, "tensor": p.tensor, "what": p.what, "remedy": p.remedy} for p in error.problems
             ]
         if isinstance(error, VerifyError):
-            document["findings"] = [
+            more["findings"] = [
                 {"file": f.file, "tensor": f.tensor, "start": f.start, "stop": f.stop, "what": f.what}
                 for f in error.findings
             ]
-        print(json.dumps(document, indent=2))
+        print_error(type(error).__name__, str(error), error.exit_status, **more)
     return error.exit_status
+
+
+def print_error(kind: str, message: str, status: int, **more: object) -> None:
+    """Print the JSON document of an error."""
+    error = {"type": kind, "message": message, "exit_status": status}
+    print(json.dumps({"schema_version": 1, "status": "error", "error": error, **more}, indent=2))
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:

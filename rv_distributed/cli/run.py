@@ -61,6 +61,9 @@ def plan_summary(job: Job) -> str:
         ("free disk", show_bytes(job.free_bytes())),
         ("runtime", _runtime(job)),
     ]
+    others = [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]
+    if others:
+        rows.insert(-3, ("", f"not computed: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"))
     if job.plan.left_out:
         names = ", ".join(name for name, _ in job.plan.left_out[:3])
         more = ", …" if len(job.plan.left_out) > 3 else ""
@@ -101,6 +104,7 @@ def plan_document(job: Job) -> dict[str, Any]:
         "options": dict(job.plan.options),
         "tensors": len(job.plan.tensors),
         "computed": sum(tensor.rule == "combine" for tensor in job.plan.tensors),
+        "copied": [{"tensor": t.name, "rule": t.rule, "why": t.why} for t in job.plan.tensors if t.rule != "combine"],
         "left_out": [{"tensor": name, "why": why} for name, why in job.plan.left_out],
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in job.plan.shards],
         "pieces": len(job.plan.pieces),

@@ -24,11 +24,18 @@ _SMALL: Final = 1e-15
 
 
 class Combiner:
-    """Scratch space for one thread on one device, and the arithmetic over it."""
+    """Scratch space for one thread on one device, and the arithmetic over it.
 
-    def __init__(self, *, block_elements: int, outputs: int, device: torch.device, measure: bool) -> None:
+    ``weighted`` says what ``v`` is where it is measured: the weighted sum of several vectors, ``acc − t``, or
+    else the one vector, ``d``.
+    """
+
+    def __init__(
+        self, *, block_elements: int, outputs: int, device: torch.device, measure: bool, weighted: bool
+    ) -> None:
         self.block_elements = block_elements
         self._measure = measure
+        self._weighted = weighted
         self._scratch = [torch.empty(block_elements, device=device) for _ in range(4 + outputs)]
 
     def combine(
@@ -64,10 +71,10 @@ class Combiner:
         if not self._measure:
             return [Measures()] * len(outs)
         t_sq = _sum_of_squares(t)
-        v_sq, v_max = _size(d) if len(vectors) == 1 else (0.0, 0.0)
+        v_sq, v_max = (0.0, 0.0) if self._weighted else _size(d)
         measures = []
         for out, acc, is_used in zip(outs, accs, used, strict=True):
-            if is_used and len(vectors) > 1:
+            if is_used and self._weighted:
                 v_sq, v_max = _size(torch.sub(acc, t, out=self._part(3, target)))
             changed = self._changed(out, target, t) if is_used else 0
             measures.append(Measures(v_sq, t_sq, v_max, changed, 0) if is_used else Measures(0.0, t_sq))

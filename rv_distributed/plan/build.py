@@ -95,7 +95,10 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
         if options.include is not None or options.exclude is not None:
             raise UsageError("--include and --exclude leave no tensor to compute")
-        what = f"has no tensor in common with {', '.join(pair.plus.uri for pair in pairs)}"
+        others = dict.fromkeys(
+            c.uri for pair in pairs for c in (pair.plus, pair.minus) if c is not None and c is not frame
+        )
+        what = f"has no tensor in common with {', '.join(others)}"
         problems.append(Problem(frame.uri, what, "Check that all inputs are models of one architecture."))
     if problems:
         raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))

@@ -37,6 +37,7 @@ class PartComputer:
             outputs=len(config.outputs),
             device=device,
             measure=config.measure,
+            weighted=len(config.alphas[0]) > 1,
         )
         self._cuda_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 

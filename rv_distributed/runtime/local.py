@@ -10,11 +10,21 @@ import torch
 
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
-from rv_distributed.runtime.worker import Stopped, Worker
+from rv_distributed.runtime.worker import Stopped, Worker, choose_device
 
 
 class LocalRuntime:
     """Runs tasks on threads of this process."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __enter__(self) -> LocalRuntime:
+        choose_device(self._device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`."""

@@ -68,7 +68,15 @@ class PieceResult(NamedTuple):
 
 
 class Runtime(Protocol):
-    """Runs tasks on workers. The tasks come in file order; the results in any."""
+    """Runs tasks on workers. The tasks come in file order; the results in any.
+
+    Entered before a run takes its output's place: what is asked for and not there, such as a cluster or a GPU,
+    is a UsageError then.
+    """
+
+    def __enter__(self) -> Runtime: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
     def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
         """Yield a result for every task. Closing the generator early stops the workers.

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +28,8 @@ from rv_distributed.runtime.select import usable_cpus
 
 #: Attempts at one piece before the run fails.
 MAX_ATTEMPTS: Final = 3
+#: Longest wait for a first worker: a cluster that scales up from nothing needs minutes.
+_START_S: Final = 900
 #: Ray's smallest object store is 75 MiB, and nothing of ours needs more.
 _OBJECT_STORE_BYTES: Final = 100_000_000
 #: What an actor takes beside its buffers: the interpreter and torch.
@@ -64,69 +67,84 @@ class _Call(NamedTuple):
 class RayRuntime:
     """Runs tasks on actors of a Ray cluster, which it starts on this machine when there is none."""
 
-    def __init__(self, *, address: str | None, workers: int | None, pieces: int, buffer_bytes: int) -> None:
-        self._address = address
+    def __init__(
+        self, *, address: str | None, workers: int | None, pieces: int, buffer_bytes: int, device: str
+    ) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS") or ""
         self._workers = workers
         self._pieces = pieces
         self._buffer_bytes = buffer_bytes
+        self._device = device
+        self._started = False
+        self._gpus = 0
 
-    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
-        """As `Runtime.run`. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
-        if self._pieces == 0:
-            return
-        address = self._address or os.environ.get("RAY_ADDRESS") or ""
-        if address.startswith(("http://", "https://")):
-            raise UsageError(f"{address} is the address of a job server; give the cluster's, as host:port or auto")
-        started = not ray.is_initialized()
-        if started:
-            self._connect(address)
-        pool: _Pool | None = None
+    def __enter__(self) -> RayRuntime:
+        """Connect. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
+        if self._address.startswith(("http://", "https://")):
+            raise UsageError(
+                f"{self._address} is the address of a job server; give the cluster's, as host:port or auto"
+            )
+        self._started = not ray.is_initialized()
         try:
-            pool = self._pool(config)
-            yield from pool.run(iter(tasks))
-        finally:
-            if pool is not None:
-                pool.kill()
-            if started:
+            if self._started:
+                self._connect()
+            if self._device != "cpu":
+                self._gpus = int(ray.cluster_resources().get("GPU", 0))
+            if self._device == "cuda" and self._gpus == 0:
+                raise UsageError("--device cuda: the Ray cluster has no GPUs; use --device cpu")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._started:
+            with _own_sigterm():
                 ray.shutdown()
 
-    def _connect(self, address: str) -> None:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-        try:
-            if address:
-                ray.init(address=address, **common)
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(usable_cpus(), self._workers or 0),
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    **common,
-                )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UsageError(f"no Ray cluster could be reached at {address or 'this machine'}: {error}") from error
-        finally:
-            # ray.init puts a handler of its own in the caller's place.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)
-
-    def _pool(self, config: WorkerConfig) -> _Pool:
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if config.device != "cpu" else 0
-        if config.device == "cuda" and gpus == 0:
-            raise UsageError("--device cuda: the Ray cluster has no GPUs; use --device cpu")
-        count = min(self._pieces, self._workers or gpus or max(1, int(resources.get("CPU", 1))))
+    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
+        """As `Runtime.run`."""
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        count = min(self._pieces, self._workers or self._gpus or max(1, cpus))
         options = {
-            "num_gpus": 1 if gpus else 0,
+            "num_gpus": 1 if self._gpus else 0,
             "num_cpus": 1,
             "memory": _ACTOR_BYTES + self._buffer_bytes,
             "max_restarts": 0,
             "max_concurrency": config.streams + 1,
             "scheduling_strategy": "SPREAD",
         }
-        return _Pool(replace(config, device="cuda" if gpus else "cpu"), count, options)
+        pool = _Pool(replace(config, device="cuda" if self._gpus else "cpu"), count, options)
+        try:
+            yield from pool.run(iter(tasks))
+        finally:
+            pool.kill()
+
+    def _connect(self) -> None:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        here = {
+            "num_cpus": max(usable_cpus(), self._workers or 0),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+        try:
+            with _own_sigterm():
+                ray.init(address=self._address or "local", **common, **({} if self._address else here))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = self._address or "this machine"
+            raise UsageError(f"no Ray cluster could be reached at {where}: {error}") from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM, which ray.init and ray.shutdown replace."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 class _Pool:
@@ -150,7 +168,13 @@ class _Pool:
             self._fill(tasks)
             if self._held and not any(self._held.values()):
                 return
-            for ref in _wait(list(self._calls)):
+            ended = _wait(list(self._calls), None if self._held else _START_S)
+            if not ended:
+                raise WorkerError(
+                    f"no worker came up in {_START_S} s: no node of the cluster has {self._options['num_cpus']} CPU, "
+                    f"{self._options['num_gpus']} GPU and {self._options['memory']} bytes of memory to spare"
+                )
+            for ref in ended:
                 call = self._calls.pop(ref)
                 try:
                     result = ray.get(ref)
@@ -210,10 +234,10 @@ class _Pool:
             self._requeued.append((call.task, call.attempt + 1))
 
 
-def _wait(calls: list[Any]) -> list[Any]:
-    """The calls that have ended, once there is one."""
+def _wait(calls: list[Any], timeout_s: float | None = None) -> list[Any]:
+    """The calls that have ended, once there is one; none after ``timeout_s``."""
     try:
-        ended: list[Any] = ray.wait(calls, num_returns=1)[0]
+        ended: list[Any] = ray.wait(calls, num_returns=1, timeout=timeout_s)[0]
     except SystemError as error:
         # What a signal handler raised, wrapped by the extension module that it interrupted.
         if isinstance(error.__cause__, RvError):

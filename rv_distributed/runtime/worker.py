@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from blake3 import blake3
 
-from rv_distributed.errors import PieceError
+from rv_distributed.errors import PieceError, UsageError
 from rv_distributed.measures import Measures
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.buffers import Buffer
@@ -63,11 +63,11 @@ class Worker:
 
 
 def choose_device(device: str) -> torch.device:
-    """The torch device for ``auto``, ``cpu`` or ``cuda``; RuntimeError when CUDA is asked for in vain."""
+    """The torch device for ``auto``, ``cpu`` or ``cuda``; UsageError when CUDA is asked for in vain."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA device here: use --device cpu, or install a CUDA build of torch")
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     return torch.device(device)
 
 

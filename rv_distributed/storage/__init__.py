@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from urllib.parse import unquote
+
 from rv_distributed.errors import UsageError
-from rv_distributed.storage.posix import PosixFolder
+from rv_distributed.storage.posix import PosixFolder, is_text
 
 
-def open_folder(uri: str) -> PosixFolder:
-    """The folder behind a path or a ``file://`` URI; UsageError for any other scheme."""
+def local_path(uri: str | os.PathLike[str]) -> str:
+    """The absolute path that a path or a ``file://`` URI names; UsageError for any other scheme, and for names
+    that are not text."""
+    uri = os.fspath(uri)
     if "://" in uri:
-        scheme, path = uri.split("://", 1)
+        scheme, rest = uri.split("://", 1)
         if scheme != "file":
-            raise UsageError(f"{uri}: {scheme}:// is not a storage this version reads; give a local or mounted path")
-        uri = path
-    return PosixFolder(uri)
+            raise UsageError(f"{uri}: this version has no storage for {scheme}://; give a local or mounted path")
+        uri = unquote(rest)
+    path = os.path.abspath(os.path.expanduser(uri))
+    if not is_text(path):
+        raise UsageError(f"{path!r} is not UTF-8; rename it, or reach it by another path")
+    return path
 
 
-__all__ = ["PosixFolder", "open_folder"]
+def open_folder(uri: str | os.PathLike[str]) -> PosixFolder:
+    """The folder behind a path or a ``file://`` URI. Raises as `local_path`."""
+    return PosixFolder(local_path(uri))
+
+
+__all__ = ["PosixFolder", "local_path", "open_folder"]

@@ -14,7 +14,7 @@ class PosixFolder:
     """A folder, by its absolute path. Symbolic links are kept in the path and followed when opened."""
 
     def __init__(self, path: str) -> None:
-        self.uri = os.path.abspath(os.path.expanduser(path))
+        self.uri = path
 
     def files(self) -> list[FileState]:
         """Every regular file below the folder, sorted by name.
@@ -62,6 +62,15 @@ class PosixFolder:
 
     def path(self, name: str) -> str:
         return os.path.join(self.uri, name)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file name is UTF-8; Python hides other bytes in half surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def state_of(stat: os.stat_result) -> str:

@@ -100,17 +100,30 @@ def locked(path: str, *, subject: str) -> Iterator[None]:
 
     Raises OutputError, naming the holder, when another process holds it.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = _lock(path, subject)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 4096, 0).decode(errors="replace") or "unknown"
-            raise OutputError(
-                f"{subject}: another run is writing it ({holder}). Wait for it, or end it first."
-            ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
         yield
     finally:
         os.close(fd)
+
+
+def _lock(path: str, subject: str) -> int:
+    """The locked file; opened again when its last holder deleted it in between."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+            os.close(fd)
+        except BlockingIOError:
+            holder = os.pread(fd, 4096, 0).decode(errors="replace") or "unknown"
+            os.close(fd)
+            raise OutputError(
+                f"{subject}: another run is writing it ({holder}). Wait for it, or end it first."
+            ) from None
+        except OSError as error:
+            os.close(fd)
+            raise OutputError(f"{path}: the file system has no locks: {error.strerror}. Choose another.") from error

@@ -139,24 +139,14 @@ def test_a_name_with_an_end_of_line_stays_in_its_cell(end: str, tmp_path: Path) 
 
 
 COMMIT = "0123456789" * 4
-MODEL_NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a cache folder": (f"/c/models--org--name/snapshots/{COMMIT}", {}, "org/name"),
-    "a name with dashes": (f"/c/models--org--na--me/snapshots/{COMMIT}", {}, "org/na--me"),
-    "a cache folder of a model without an owner": (f"/c/models--gpt2/snapshots/{COMMIT}", {}, "gpt2"),
-    "a cache folder before its config": (
-        f"/c/models--org--name/snapshots/{COMMIT}",
-        {"_name_or_path": "other/model"},
-        "org/name",
-    ),
-    "an id in the config": ("/models/x", {"_name_or_path": "org/name-7B.v1"}, "org/name-7B.v1"),
-    "a path in the config": ("/models/x", {"_name_or_path": "/home/someone/model"}, "x"),
-    "a relative path of three parts": ("/models/x", {"_name_or_path": "a/b/c"}, "x"),
-    "a number in the config": ("/models/x", {"_name_or_path": 3}, "x"),
-    "markup in the config": ("/models/x", {"_name_or_path": "a/<b>"}, "x"),
-    "only a folder": ("/models/my model/", {}, "my model"),
+MODEL_NAMES: dict[str, tuple[str, str]] = {
+    "a cache folder": (f"/c/models--org--name/snapshots/{COMMIT}", "org/name"),
+    "a name with dashes": (f"/c/models--org--na--me/snapshots/{COMMIT}", "org/na--me"),
+    "a cache folder of a model without an owner": (f"/c/models--gpt2/snapshots/{COMMIT}", "gpt2"),
+    "only a folder": ("/models/my model/", "my model"),
 }
 
 
-@pytest.mark.parametrize(("uri", "config", "name"), MODEL_NAMES.values(), ids=MODEL_NAMES)
-def test_a_model_is_called_what_its_path_or_config_says(uri: str, config: dict[str, Any], name: str) -> None:
-    assert model_name(uri, config) == name
+@pytest.mark.parametrize(("uri", "name"), MODEL_NAMES.values(), ids=MODEL_NAMES)
+def test_a_model_is_called_what_its_path_says(uri: str, name: str) -> None:
+    assert model_name(uri) == name

@@ -21,6 +21,7 @@ COMBINED = TensorRow(
     shard="model-00001-of-00002.safetensors",
     start=4096,
     stop=4120,
+    bytes=24,
     digest="ab" * 32,
     parts=(PartDigest(4096, 4108, "cd" * 32), PartDigest(4108, 4120, "ef" * 32)),
     rule="combine",
@@ -65,10 +66,11 @@ def test_a_table_without_rows_comes_back_empty_with_all_its_columns() -> None:
 texts = st.text(max_size=5)
 naturals = st.integers(0, 2**63 - 1)
 numbers = st.none() | st.floats(allow_nan=False)
+digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 rows = st.builds(
     TensorRow,
-    *(texts, texts, st.lists(naturals, max_size=3).map(tuple), texts, naturals, naturals, texts),
-    st.lists(st.builds(PartDigest, naturals, naturals, texts), max_size=2).map(tuple),
+    *(texts, texts, st.lists(naturals, max_size=3).map(tuple), texts, naturals, naturals, naturals, digests),
+    st.lists(st.builds(PartDigest, naturals, naturals, digests), max_size=2).map(tuple),
     *(texts, texts, numbers, numbers, numbers, st.none() | naturals, numbers, st.none() | naturals),
 )
 

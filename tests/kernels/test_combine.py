@@ -27,8 +27,9 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
-def combiner(outputs: int = 1, *, measure: bool = True, block: int = BLOCK) -> Combiner:
-    return Combiner(block_elements=block, outputs=outputs, device=torch.device("cpu"), measure=measure)
+def combiner(outputs: int = 1, *, measure: bool = True, weighted: bool = False, block: int = BLOCK) -> Combiner:
+    device = torch.device("cpu")
+    return Combiner(block_elements=block, outputs=outputs, device=device, measure=measure, weighted=weighted)
 
 
 def run_combine(
@@ -41,7 +42,7 @@ def run_combine(
     t = tensor_of(target)
     outs = [torch.empty(t.numel(), dtype=TORCH_DTYPES[dtype]) for dtype in dtypes]
     operands = [(tensor_of(plus), tensor_of(minus) if minus else None) for plus, minus in vectors]
-    measures = combiner(len(outs), block=block).combine(outs, t, operands, alphas)
+    measures = combiner(len(outs), weighted=len(vectors) > 1, block=block).combine(outs, t, operands, alphas)
     assert bytes_of(t) == target.data, "an input was written to"
     return [Raw(dtype, target.shape, bytes_of(out)) for dtype, out in zip(dtypes, outs, strict=True)], measures
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
 from rv_distributed.plan import PIECE_ALIGNMENT, PieceTask, PlanOptions, task_of
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
-from rv_distributed.runtime.on_ray import RayRuntime
+from rv_distributed.runtime.on_ray import RayRuntime, _wait
 from rv_distributed.storage.publish import preallocate
 
 SMALL = PlanOptions(max_shard_bytes=5_000_000, piece_bytes=PIECE_ALIGNMENT)
@@ -82,6 +85,11 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 
+def runtime_of(job: rv.Job, *, workers: int) -> RayRuntime:
+    pieces, buffer_bytes = len(job.plan.pieces), job.sizing.buffer_bytes
+    return RayRuntime(address=None, workers=workers, pieces=pieces, buffer_bytes=buffer_bytes, device="auto")
+
+
 def kill_worker(result: PieceResult) -> None:
     os.kill(int(result.worker.rpartition(":")[2]), signal.SIGKILL)
 
@@ -89,13 +97,14 @@ def kill_worker(result: PieceResult) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) -> None:
     tasks, config, job = staged(models, tmp_path)
-    runtime = RayRuntime(address=None, workers=2, pieces=len(tasks), buffer_bytes=job.sizing.buffer_bytes)
+    runtime = runtime_of(job, workers=2)
     killed, done = 0, set()
-    for result in runtime.run(iter(tasks), config):
-        done.add(result.piece)
-        if killed < 2:
-            kill_worker(result)
-            killed += 1
+    with runtime:
+        for result in runtime.run(iter(tasks), config):
+            done.add(result.piece)
+            if killed < 2:
+                kill_worker(result)
+                killed += 1
     assert killed == 2
     assert done == {task.piece.number for task in tasks}
     run(models, tmp_path / "whole", runtime="local")
@@ -106,9 +115,9 @@ def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) 
 @pytest.mark.usefixtures("cluster")
 def test_workers_that_always_die_end_the_run(models: Path, tmp_path: Path) -> None:
     tasks, config, job = staged(models, tmp_path)
-    runtime = RayRuntime(address=None, workers=1, pieces=len(tasks), buffer_bytes=job.sizing.buffer_bytes)
+    runtime = runtime_of(job, workers=1)
     results = runtime.run(iter(tasks), config)
-    with pytest.raises(rv.WorkerError, match=r"died making it|keep dying"):
+    with runtime, pytest.raises(rv.WorkerError, match=r"died making it|keep dying"):
         deque(map(kill_worker, results))
 
 
@@ -117,8 +126,8 @@ def test_a_piece_that_cannot_be_read_fails_at_once_with_its_own_error(models: Pa
     tasks, config, job = staged(models, tmp_path)
     gone = tmp_path / job.plan.shards[0].name
     gone.unlink()
-    runtime = RayRuntime(address=None, workers=2, pieces=len(tasks), buffer_bytes=job.sizing.buffer_bytes)
-    with pytest.raises(rv.PieceError) as caught:
+    runtime = runtime_of(job, workers=2)
+    with runtime, pytest.raises(rv.PieceError) as caught:
         list(runtime.run(iter(tasks), config))
     assert caught.value.file == str(gone)
     assert caught.value.tensors
@@ -128,9 +137,43 @@ def test_a_piece_that_cannot_be_read_fails_at_once_with_its_own_error(models: Pa
 def test_cuda_is_refused_where_the_cluster_has_none(models: Path, tmp_path: Path) -> None:
     with pytest.raises(rv.UsageError, match="no GPUs"):
         run(models, tmp_path / "out", runtime="ray", device="cuda")
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unreachable_cluster_is_a_usage_error(models: Path, tmp_path: Path) -> None:
     with pytest.raises(rv.UsageError, match="job server"):
         run(models, tmp_path / "out", runtime="ray", address="http://127.0.0.1:8265")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Endless:
+    """An actor whose call never ends."""
+
+    def run(self) -> None:
+        threading.Event().wait()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_a_signal_handler_raises_inside_ray_keeps_its_type() -> None:
+    import ray
+
+    def interrupt(signum: int, _frame: object) -> None:
+        raise rv.Interrupted(signum)
+
+    def send_once_main_waits() -> None:
+        while "wait" not in (frame.name for frame in traceback.extract_stack(sys._current_frames()[main_thread])):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    main_thread = threading.get_ident()
+    actor = ray.remote(Endless).remote()
+    before = signal.signal(signal.SIGTERM, interrupt)
+    sender = threading.Thread(target=send_once_main_waits, daemon=True)
+    try:
+        sender.start()
+        with pytest.raises(rv.Interrupted):
+            _wait([actor.run.remote()])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sender.join()
+        ray.kill(actor)
