@@ -74,6 +74,9 @@ class Staging:
                     f"{path}: what an unfinished run was making cannot be read ({error!r}). "
                     "Give --restart to throw its pieces away."
                 ) from None
+            if not os.path.isdir(os.path.join(self._work, os.path.basename(name))):
+                # That run published, and was stopped before it could clean up.
+                return self._claim(identity, restart=True)
             if held_identity != json.loads(json.dumps(identity)):
                 difference = _difference(held_identity, identity)
                 raise OutputError(
@@ -85,7 +88,6 @@ class Staging:
             name = f"output-{secrets.token_hex(6)}"
             write_durably(path, json.dumps({"folder": name, "identity": identity}, indent=2).encode())
         folder = os.path.join(self._work, os.path.basename(name))
-        # Missing, too, when a run was stopped between publishing and cleaning up.
         os.makedirs(folder, exist_ok=True)
         return folder
 

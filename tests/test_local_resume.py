@@ -339,16 +339,17 @@ def test_a_crash_while_publishing_keeps_the_old_output_until_the_new_one_is_ther
 def test_a_crash_right_after_publishing_does_not_block_the_next_run(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rmtree(*_: object) -> None:
+    def remove(*_: object) -> None:
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", rmtree)
+        patched.setattr("rv_distributed.staging.remove", remove)
         with pytest.raises(Stop):
             inputs.run(tmp_path / "out")
     assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
-    inputs.run(tmp_path / "out", overwrite=True)
-    assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
+    assert staged(tmp_path / "out").exists()
+    inputs.run(tmp_path / "out", alpha=0.5, overwrite=True)
+    assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.5)
     assert not staged(tmp_path / "out").exists()
 
 

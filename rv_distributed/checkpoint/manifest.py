@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, TypeVar
@@ -13,6 +14,8 @@ from typing import Any, Final, TypeVar
 MANIFEST_FILE: Final = "rv_manifest.json"
 TABLE_FILE: Final = "rv_tensors.parquet"
 SCHEMA_VERSION: Final = 1
+OPERATIONS: Final = ("extract", "apply", "transfer")
+_HEX: Final = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,7 @@ def manifest_from(document: object) -> Manifest:
     if not isinstance(document, dict):
         raise ManifestError("is not a JSON object")
     version = document.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION or isinstance(version, bool):
         raise ManifestError(f"has schema_version {version!r}; this version reads {SCHEMA_VERSION}")
     _check_names(Manifest, document)
     values = {
@@ -145,11 +148,19 @@ def manifest_from(document: object) -> Manifest:
         "shards": _all_of(ShardEntry, document.get("shards")),
         "files": _all_of(FileEntry, document.get("files")),
         "left_out": _all_of(LeftOut, document.get("left_out")),
-        "alphas": tuple(_list(document.get("alphas"))),
+        "alphas": tuple(_alpha(alpha) for alpha in _list(document.get("alphas"))),
         "totals": _one_of(Totals, document.get("totals")),
         "timings": _one_of(Timings, document.get("timings")),
     }
+    if document["operation"] not in OPERATIONS:
+        raise ManifestError(f"is not a manifest: its operation is {document['operation']!r:.80}")
     return _one_of(Manifest, values)
+
+
+def _alpha(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ManifestError(f"is not a manifest: it has the alpha {value!r:.80}")
+    return value
 
 
 _Entry = TypeVar("_Entry")
@@ -167,8 +178,14 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
 def _one_of(kind: type[_Entry], document: object) -> _Entry:
     values = _check_names(kind, document)
     for field in fields(kind):  # type: ignore[arg-type]
-        if not isinstance(values[field.name], _TYPES.get(str(field.type), (object,))):
-            raise ManifestError(f"is not a manifest: {field.name} of {kind.__name__} is {values[field.name]!r:.80}")
+        value = values[field.name]
+        sound = isinstance(value, _TYPES.get(str(field.type), (object,))) and not isinstance(value, bool)
+        if isinstance(value, int):
+            sound = sound and value >= 0
+        if field.name == "digest":
+            sound = sound and _HEX.fullmatch(value) is not None
+        if not sound:
+            raise ManifestError(f"is not a manifest: {field.name} of {kind.__name__} is {value!r:.80}")
     return kind(**values)
 
 
@@ -215,7 +232,7 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
     **_object(
         {
             "schema_version": {"const": SCHEMA_VERSION},
-            "operation": {"enum": ["extract", "apply", "transfer"]},
+            "operation": {"enum": list(OPERATIONS)},
             "formula": _TEXT,
             "inputs": _array(
                 _object(
