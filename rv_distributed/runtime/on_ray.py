@@ -37,19 +37,24 @@ _ACTOR_BYTES: Final = 400 << 20
 
 
 class _Actor:
-    """A `Worker` in a process of its own. `start` is apart from the constructor, whose errors Ray hides."""
+    """A `Worker` in a process of its own. `start` is apart from the constructor, whose errors Ray hides.
 
-    def start(self, config: WorkerConfig) -> str:
+    Our errors come back as values: Ray would print each one that the driver no longer waits for.
+    """
+
+    def start(self, config: WorkerConfig) -> RvError | None:
         import torch
 
         from rv_distributed.runtime.worker import Worker
 
         torch.set_num_threads(1)
-        self._worker = Worker(config)
-        return self._worker.name
+        try:
+            self._worker = Worker(config)
+        except RvError as error:
+            return error
+        return None
 
     def run(self, task: PieceTask) -> PieceResult | RvError:
-        # Our errors come back as values: Ray would print each one that the driver no longer waits for.
         try:
             return self._worker.run(task)
         except RvError as error:

@@ -1,0 +1,72 @@
+"""GPUs: asked of Ray and refused where torch has none; the same bytes from CUDA where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rv_distributed as rv
+from rv_distributed.demo import make_checkpoints
+
+#: A Ray that believes in two GPUs, on a machine whose torch sees none: every actor is placed on one of them.
+FAKE_GPUS = """
+import sys
+import ray
+import rv_distributed as rv
+
+ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+try:
+    rv.transfer(*sys.argv[1:], run_options=rv.RunOptions(runtime="ray"))
+except rv.UsageError as error:
+    print(error)
+"""
+
+
+def python(*argv: str, visible: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-c", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_checkpoints(str(folder))
+    return folder
+
+
+def places(models: Path, out: Path) -> list[str]:
+    return [str(models / role) for role in ("target", "donor", "reference")] + [str(out)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal it waits for needs a machine without GPUs")
+def test_actors_are_put_on_the_gpus_that_ray_has(models: Path, tmp_path: Path) -> None:
+    done = python(FAKE_GPUS, *places(models, tmp_path / "out"), visible="0,1")
+    assert done.returncode == 0, done.stderr
+    assert "--device cuda: torch sees no GPU here" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_is_refused_before_anything_is_written_where_torch_has_none(models: Path, tmp_path: Path) -> None:
+    target, donor, reference, out = places(models, tmp_path / "out")
+    inputs = ["--target", target, "--donor", donor, "--reference", reference]
+    script = "from rv_distributed.cli import main; main()"
+    done = python(script, "transfer", *inputs, "--out", out, "--device", "cuda", visible="")
+    assert done.returncode == 2
+    assert "use --device cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_bytes_of_the_cpu(models: Path, tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        how = rv.RunOptions(runtime="local", device=device)
+        rv.transfer(*places(models, tmp_path / device), alpha=0.7, run_options=how)
+    files = [tmp_path / device / "model.safetensors" for device in ("cpu", "cuda")]
+    assert files[0].read_bytes() == files[1].read_bytes()
