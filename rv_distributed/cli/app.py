@@ -53,7 +53,7 @@ def main() -> None:
     except RvError as error:
         status = report(error)
     except OSError as error:
-        status = report(RunError(f"{error.filename or 'storage'}: {error.strerror or error}"))
+        status = report(RvError(f"{error.filename or 'storage'}: {error.strerror or error}"))
     except Exception as error:
         # click's own errors know how to show themselves; anything else is a bug and keeps its traceback.
         show = getattr(error, "show", None)

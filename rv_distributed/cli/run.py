@@ -15,6 +15,7 @@ from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.cli.options import Common
 from rv_distributed.cli.progress import progress_display
 from rv_distributed.cli.units import show_bytes, show_count, show_seconds
+from rv_distributed.errors import RunError
 from rv_distributed.job import Job, prepare
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import formula
@@ -35,7 +36,10 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
             print(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))
         return
     with progress_display(job, shown=not common.quiet) as show:
-        manifests = job.run(show)
+        try:
+            manifests = job.run(show)
+        except OSError as error:
+            raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
     if say:
         print(closing_summary(job, manifests, time.monotonic() - began))
     if common.json:

@@ -184,3 +184,31 @@ def test_the_demo_ends_with_the_same_bytes_both_ways(tmp_path: Path) -> None:
     again = rv("demo", "--out", tmp_path / "demo")
     assert again.returncode == 2
     assert "already exists" in again.stderr
+
+
+#: ``rv`` on a storage that fails in the middle of a verify, or of a run.
+FAILING = """
+import errno, sys
+import rv_distributed.verification as verification
+from rv_distributed.job import Job
+
+def fail(*_, **__):
+    raise OSError(errno.EIO, "Input/output error", "/models/shard")
+
+verification.verify = fail
+Job.run = fail
+from rv_distributed.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("command", "resumable"), [("verify", False), ("transfer", True)])
+def test_only_a_run_that_can_be_resumed_says_so(command: str, resumable: bool, models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ["verify", out] if command == "verify" else transfer_of(models, out)
+    argv = [sys.executable, "-c", FAILING, *map(str, args)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "/models/shard: Input/output error" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("run the same command again to resume" in done.stderr) == resumable
