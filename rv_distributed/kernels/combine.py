@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class Combiner:
         self._measure = measure
         self._weighted = weighted
         self._scratch = [torch.empty(block_elements, device=device) for _ in range(4 + outputs)]
+        self._parts = self._scratch
 
     def combine(
         self,
@@ -51,33 +53,34 @@ class Combiner:
         float32, bfloat16 or float16 in any mixture. An output whose alphas are all 0 gets the target's
         own values, unmeasured. Returns the measures of each output.
         """
-        t = self._float(target, 0)
-        used = [any(row) for row in alphas]
-        accs = [self._part(4 + index, target) for index in range(len(outs))]
+        for_t, _, _, product, *accs = self._cut_scratch(target)
+        t = _to_float(target, for_t)
         started = [False] * len(outs)
         d = t
         for index, (plus, minus) in enumerate(vectors):
             d = self.difference(plus, minus)
             for number, row in enumerate(alphas):
-                if row[index] == 0.0:
+                alpha, acc = row[index], accs[number]
+                if alpha == 0.0:
                     continue
-                if started[number]:
-                    accs[number].add_(torch.mul(d, row[index], out=self._part(3, target)))
-                else:
-                    torch.mul(d, row[index], out=accs[number]).add_(t)
-                    started[number] = True
-        for out, acc, is_used in zip(outs, accs, used, strict=True):
-            out.copy_(acc if is_used else target)
+                # At α = 1 the product would be d itself.
+                weighted = d if alpha == 1.0 else torch.mul(d, alpha, out=product)
+                torch.add(acc if started[number] else t, weighted, out=acc)
+                started[number] = True
+        for out, acc, used in zip(outs, accs, started, strict=True):
+            out.copy_(acc if used else target)
         if not self._measure:
             return [Measures()] * len(outs)
         t_sq = _sum_of_squares(t)
         v_sq, v_max = (0.0, 0.0) if self._weighted else _size(d)
         measures = []
-        for out, acc, is_used in zip(outs, accs, used, strict=True):
-            if is_used and self._weighted:
-                v_sq, v_max = _size(torch.sub(acc, t, out=self._part(3, target)))
-            changed = self._changed(out, target, t) if is_used else 0
-            measures.append(Measures(v_sq, t_sq, v_max, changed, 0) if is_used else Measures(0.0, t_sq))
+        for out, acc, used in zip(outs, accs, started, strict=True):
+            if not used:
+                measures.append(Measures(0.0, t_sq))
+                continue
+            if self._weighted:
+                v_sq, v_max = _size(torch.sub(acc, t, out=product))
+            measures.append(Measures(v_sq, t_sq, v_max, _count_changed(out, target, t, product), 0))
         return measures
 
     def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None) -> Measures:
@@ -89,29 +92,44 @@ class Combiner:
         v_sq, v_max = _size(d)
         inexact = 0
         if out.dtype != torch.float32:
-            stored = self._part(3, out).copy_(out)
+            stored = self._parts[3].copy_(out)
             inexact = int(torch.count_nonzero(stored.ne(d) & ~(stored.isnan() & d.isnan())))
         return Measures(v_sq, 0.0, v_max, int(torch.count_nonzero(d)), inexact)
 
     def difference(self, plus: Tensor, minus: Tensor | None) -> Tensor:
         """``RN32(plus − minus)`` in float32; valid until the next call."""
+        _, for_plus, for_minus, *_ = self._cut_scratch(plus)
         if minus is None:
-            return self._float(plus, 1)
-        return torch.sub(self._float(plus, 1), self._float(minus, 2), out=self._part(1, plus))
+            return _to_float(plus, for_plus)
+        return torch.sub(_to_float(plus, for_plus), _to_float(minus, for_minus), out=for_plus)
 
-    def _float(self, values: Tensor, scratch: int) -> Tensor:
-        return values if values.dtype == torch.float32 else self._part(scratch, values).copy_(values)
+    def _cut_scratch(self, like: Tensor) -> list[Tensor]:
+        """Scratch of this length; cut anew only when the length changes, which it does at tensors' borders."""
+        count = like.numel()
+        if self._parts[0].numel() != count:
+            self._parts = [scratch[:count] for scratch in self._scratch]
+        return self._parts
 
-    def _part(self, scratch: int, like: Tensor) -> Tensor:
-        return self._scratch[scratch][: like.numel()]
 
-    def _changed(self, out: Tensor, target: Tensor, t: Tensor) -> int:
-        if out.dtype != target.dtype:
-            return int(torch.count_nonzero(self._part(3, out).copy_(out).ne(t)))
-        # Comparing bits as integers is several times faster than torch.ne, and tells −0 from 0 as well.
-        bits = _BITS[out.element_size()]
-        different = self._part(3, out).view(bits)[: out.numel()]
-        return int(torch.count_nonzero(torch.bitwise_xor(out.view(bits), target.view(bits), out=different)))
+def _to_float(values: Tensor, scratch: Tensor) -> Tensor:
+    return values if values.dtype == torch.float32 else scratch.copy_(values)
+
+
+def _count_changed(out: Tensor, target: Tensor, t: Tensor, scratch: Tensor) -> int:
+    if out.dtype != target.dtype:
+        return int(torch.count_nonzero(scratch.copy_(out).ne(t)))
+    # Bits, not values: this tells −0 from 0, and a NaN from itself only when its payload changed.
+    bits = _BITS[out.element_size()]
+    return _count_different(out.view(bits), target.view(bits), scratch)
+
+
+def _count_different(one: Tensor, other: Tensor, scratch: Tensor) -> int:
+    different = scratch.view(torch.bool)[: one.numel()]
+    if one.is_cpu:
+        # Several times as fast as torch's comparison.
+        np.not_equal(one.numpy(), other.numpy(), out=different.numpy())
+        return int(np.count_nonzero(different.numpy()))
+    return int(torch.count_nonzero(torch.ne(one, other, out=different)))
 
 
 def _size(v: Tensor) -> tuple[float, float]:

@@ -28,7 +28,8 @@ class Buffer:
         return raw.clone().view(dtype)
 
     def _allocate(self, nbytes: int) -> None:
-        self._memory = mmap.mmap(-1, -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self._memory)
         if self._pinned:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._address(), len(self.view), 0))

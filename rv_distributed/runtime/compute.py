@@ -16,7 +16,7 @@ from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.kernels import Combiner
 from rv_distributed.kernels.combine import TORCH_DTYPES
 from rv_distributed.measures import Measures
-from rv_distributed.plan import Span
+from rv_distributed.plan import Operand, Span
 from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Part
 from rv_distributed.runtime.model import BLOCK_BYTES, WorkerConfig
@@ -53,6 +53,7 @@ class PartComputer:
             for out in outs:
                 out.view[part.at : part.at + part.nbytes] = source
             return totals
+        alphas = [[row[operand.vector] for operand in span.vectors] for row in self._alphas]
         item = item_bytes(span.dtype)
         done = 0
         with torch.cuda.stream(self._cuda_stream) if self._cuda_stream is not None else contextlib.nullcontext():
@@ -63,10 +64,10 @@ class PartComputer:
                 count = min(max(1, (border - place) // item), part.elements - done)
                 if done == 0 and part.skip:
                     # A border cut through this element: the part before it has measured it.
-                    self._block(span, part, arena, outs, 0, 1)
+                    self._block(span, part, alphas, arena, outs, 0, 1)
                     done = 1
                     continue
-                measured = self._block(span, part, arena, outs, done, count)
+                measured = self._block(span, part, alphas, arena, outs, done, count)
                 totals = [total.plus(more) for total, more in zip(totals, measured, strict=True)]
                 done += count
             if self._cuda_stream is not None:
@@ -74,13 +75,21 @@ class PartComputer:
         return totals
 
     def _block(
-        self, span: Span, part: Part, arena: Buffer, outs: Sequence[Buffer], done: int, count: int
+        self,
+        span: Span,
+        part: Part,
+        alphas: list[list[float]],
+        arena: Buffer,
+        outs: Sequence[Buffer],
+        done: int,
+        count: int,
     ) -> list[Measures]:
         """Compute elements ``done`` to ``done + count`` of the part."""
 
-        def load(at: int, dtype: str) -> torch.Tensor:
-            values = arena.tensor(at + done * item_bytes(dtype), count, TORCH_DTYPES[dtype])
-            return values.to(self._device, non_blocking=True)
+        def load(at: int, operand: Operand) -> torch.Tensor:
+            dtype = TORCH_DTYPES[operand.dtype]
+            values = arena.tensor(at + done * dtype.itemsize, count, dtype)
+            return values if self._cuda_stream is None else values.to(self._device, non_blocking=True)
 
         dtype = TORCH_DTYPES[span.dtype]
         place = part.at - part.skip + done * dtype.itemsize
@@ -92,14 +101,13 @@ class PartComputer:
             for out in outs
         ]
         vectors = [
-            (load(plus_at, operand.plus.dtype), load(minus_at, operand.minus.dtype) if operand.minus else None)
+            (load(plus_at, operand.plus), load(minus_at, operand.minus) if operand.minus else None)
             for operand, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True)
         ]
         if span.target is None:
             measured = [self._combiner.extract(results[0], *vectors[0])]
         else:
-            alphas = [[row[operand.vector] for operand in span.vectors] for row in self._alphas]
-            measured = self._combiner.combine(results, load(part.target, span.target.dtype), vectors, alphas)
+            measured = self._combiner.combine(results, load(part.target, span.target), vectors, alphas)
         if not in_place:
             for out, result in zip(outs, results, strict=True):
                 raw = result.view(torch.uint8)[low - place : high - place]

@@ -50,7 +50,7 @@ class Waited(NamedTuple):
 
     read_s: float
     compute_s: float
-    """Arithmetic, measures and digests."""
+    """Arithmetic, measures and digests, and waiting for a processor to do them."""
     write_s: float
 
 

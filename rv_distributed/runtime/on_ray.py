@@ -9,6 +9,7 @@ a `PieceResult`.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -43,6 +44,8 @@ class _Actor:
     """
 
     def start(self, config: WorkerConfig) -> RvError | None:
+        # As in the command line's main: torch is not to be searched for garbage while it is imported.
+        gc.set_threshold(100_000)
         import torch
 
         from rv_distributed.runtime.worker import Worker

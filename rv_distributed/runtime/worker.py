@@ -3,7 +3,8 @@
 A worker holds a fixed number of streams. A stream takes one piece at a time and goes through it in chunks:
 read the sources into its arena, compute block by block into its output buffers, write those. There is no
 queue between the steps: while one stream waits for the storage another computes, and memory is
-``streams × (arena + output buffers)`` whatever the model's size.
+``streams × (arena + output buffers)`` whatever the model's size. No more streams compute at once than there
+are processors; more would only push each other's blocks out of the caches.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -26,6 +28,7 @@ from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
 from rv_distributed.runtime.model import PieceResult, SpanResult, Waited, WorkerConfig
+from rv_distributed.runtime.select import usable_cpus
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
 
 _OPEN_FILES: Final = 16
@@ -42,9 +45,10 @@ class Worker:
         device = choose_device(config.device)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._stop = threading.Event()
+        computing = threading.Semaphore(usable_cpus())
         self._streams: queue.SimpleQueue[_Stream] = queue.SimpleQueue()
         for _ in range(config.streams):
-            self._streams.put(_Stream(config, device, self._stop))
+            self._streams.put(_Stream(config, device, self._stop, computing))
 
     def run(self, task: PieceTask) -> PieceResult:
         """Make one piece and return once its bytes are on the device.
@@ -74,9 +78,12 @@ def choose_device(device: str) -> torch.device:
 class _Stream:
     """The buffers and open files that one piece needs."""
 
-    def __init__(self, config: WorkerConfig, device: torch.device, stop: threading.Event) -> None:
+    def __init__(
+        self, config: WorkerConfig, device: torch.device, stop: threading.Event, computing: threading.Semaphore
+    ) -> None:
         self._config = config
         self._stop = stop
+        self._computing = computing
         self._arena = Buffer(config.chunk_bytes, device)
         self._outs = [Buffer(config.chunk_bytes, device) for _ in config.outputs]
         self._computer = PartComputer(config, device)
@@ -96,13 +103,8 @@ class _Stream:
                 began = time.perf_counter()
                 bytes_read += self._read(task, chunk)
                 computing = time.perf_counter()
-                for out in self._outs:
-                    out.view[: len(chunk.literal)] = chunk.literal
-                for part in chunk.parts:
-                    span, so_far = task.spans[part.span], measures[part.span]
-                    measures[part.span] = self._computer.compute(span, part, self._arena, self._outs, so_far)
-                    for number, out in enumerate(self._outs):
-                        hashers[number][part.span].update(out.view[part.at : part.at + part.nbytes])
+                with self._computing:
+                    self._compute(task, chunk, measures, hashers)
                 writing = time.perf_counter()
                 for writer, out in zip(writers, self._outs, strict=True):
                     self._write(task, writer, out, chunk)
@@ -133,6 +135,18 @@ class _Stream:
                 stop = read.offset + read.nbytes
                 raise PieceError(cause, read.path, read.offset, stop, _names(task, chunk)) from error
         return sum(read.nbytes for read in chunk.reads)
+
+    def _compute(
+        self, task: PieceTask, chunk: Chunk, measures: list[list[Measures]], hashers: Sequence[Sequence[blake3]]
+    ) -> None:
+        """Fill the output buffers; ``measures`` by span and output, ``hashers`` by output and span, take it in."""
+        for out in self._outs:
+            out.view[: len(chunk.literal)] = chunk.literal
+        for part in chunk.parts:
+            span, so_far = task.spans[part.span], measures[part.span]
+            measures[part.span] = self._computer.compute(span, part, self._arena, self._outs, so_far)
+            for number, out in enumerate(self._outs):
+                hashers[number][part.span].update(out.view[part.at : part.at + part.nbytes])
 
     def _write(self, task: PieceTask, writer: RangeWriter, out: Buffer, chunk: Chunk) -> None:
         try:
