@@ -24,14 +24,21 @@ class Measures(NamedTuple):
     vector."""
     inexact: int = 0
     """Elements of a stored vector that its dtype could not hold exactly."""
+    nonfinite: int = 0
+    """Elements of the output that are NaN or infinite."""
+    first_nonfinite: int | None = None
+    """Index of the first of them."""
 
     def plus(self, other: Measures) -> Measures:
+        """The measures of both; ``other`` comes later in the tensor."""
         return Measures(
             self.v_sq + other.v_sq,
             self.t_sq + other.t_sq,
             largest((self.v_max, other.v_max)),
             self.changed + other.changed,
             self.inexact + other.inexact,
+            self.nonfinite + other.nonfinite,
+            other.first_nonfinite if self.first_nonfinite is None else self.first_nonfinite,
         )
 
 

@@ -22,6 +22,8 @@ TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torc
 _BITS: Final = {2: torch.int16, 4: torch.int32}
 #: Squares below this leave float32's normal range, and sums of them lose what they should measure.
 _SMALL: Final = 1e-15
+#: What cannot round to infinity, with room for the error of the bound that is compared with it.
+_SAFE: Final = {dtype: 0.99 * torch.finfo(dtype).max for dtype in TORCH_DTYPES.values()}
 
 
 class Combiner:
@@ -72,15 +74,18 @@ class Combiner:
         if not self._measure:
             return [Measures()] * len(outs)
         t_sq = _sum_of_squares(t)
+        t_max = math.sqrt(t_sq)
         v_sq, v_max = (0.0, 0.0) if self._weighted else _size(d)
         measures = []
-        for out, acc, used in zip(outs, accs, started, strict=True):
+        for out, acc, used, row in zip(outs, accs, started, alphas, strict=True):
             if not used:
-                measures.append(Measures(0.0, t_sq))
+                measures.append(Measures(0.0, t_sq, 0.0, 0, 0, *_find_nonfinite(out, t_max)))
                 continue
             if self._weighted:
                 v_sq, v_max = _size(torch.sub(acc, t, out=product))
-            measures.append(Measures(v_sq, t_sq, v_max, _count_changed(out, target, t, product), 0))
+            reach = t_max + v_max * (1.0 if self._weighted else abs(row[0]))
+            changed = _count_changed(out, target, t, product)
+            measures.append(Measures(v_sq, t_sq, v_max, changed, 0, *_find_nonfinite(out, reach)))
         return measures
 
     def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None) -> Measures:
@@ -94,7 +99,8 @@ class Combiner:
         if out.dtype != torch.float32:
             stored = self._parts[3].copy_(out)
             inexact = int(torch.count_nonzero(stored.ne(d) & ~(stored.isnan() & d.isnan())))
-        return Measures(v_sq, 0.0, v_max, int(torch.count_nonzero(d)), inexact)
+        changed = int(torch.count_nonzero(d))
+        return Measures(v_sq, 0.0, v_max, changed, inexact, *_find_nonfinite(out, v_max))
 
     def difference(self, plus: Tensor, minus: Tensor | None) -> Tensor:
         """``RN32(plus − minus)`` in float32; valid until the next call."""
@@ -121,6 +127,19 @@ def _count_changed(out: Tensor, target: Tensor, t: Tensor, scratch: Tensor) -> i
     # Bits, not values: this tells −0 from 0, and a NaN from itself only when its payload changed.
     bits = _BITS[out.element_size()]
     return _count_different(out.view(bits), target.view(bits), scratch)
+
+
+def _find_nonfinite(values: Tensor, reach: float) -> tuple[int, int | None]:
+    """How many of ``values`` are NaN or infinite, and the index of the first.
+
+    ``reach`` bounds them before they were rounded, NaN where something was NaN; it nearly always tells that
+    there are none.
+    """
+    if reach <= _SAFE[values.dtype]:
+        return 0, None
+    nonfinite = ~torch.isfinite(values)
+    count = int(torch.count_nonzero(nonfinite))
+    return count, int(torch.argmax(nonfinite.to(torch.uint8))) if count else None
 
 
 def _count_different(one: Tensor, other: Tensor, scratch: Tensor) -> int:

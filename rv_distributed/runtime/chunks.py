@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
 from rv_distributed.plan import Operand, PieceTask, Span
 from rv_distributed.storage.ranges import ALIGNMENT, DIRECT_MIN_BYTES
 
@@ -36,8 +36,10 @@ class Part(NamedTuple):
     nbytes: int
     skip: int
     """Bytes of its first element that lie before the window."""
+    first: int
+    """Index of its first element, in the whole tensor."""
     elements: int
-    """Elements that it touches; bytes for tensors that are copied."""
+    """Elements that it touches. Of a tensor whose dtype no arithmetic reads, a byte counts as one."""
     target: int
     """The target's place in the arena; -1 without a target."""
     vectors: tuple[tuple[int, int], ...]
@@ -75,6 +77,7 @@ def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:
                 draft.low - start,
                 draft.high - draft.low,
                 draft.skip,
+                draft.first,
                 draft.elements,
                 places[draft.target] if draft.target >= 0 else -1,
                 tuple((places[plus], places[minus] if minus >= 0 else -1) for plus, minus in draft.vectors),
@@ -98,6 +101,7 @@ class _Draft(NamedTuple):
     low: int
     high: int
     skip: int
+    first: int
     elements: int
     target: int
     vectors: tuple[tuple[int, int], ...]
@@ -105,20 +109,21 @@ class _Draft(NamedTuple):
 
 def _draft(index: int, span: Span, low: int, high: int, ranges: list[_Range]) -> _Draft:
     """The part of ``span`` in file bytes ``low`` to ``high``; appends the source ranges it needs."""
-    item = 1 if span.rule == "copy" else item_bytes(span.dtype)
+    opaque = span.dtype not in ARITHMETIC
+    item = 1 if opaque else item_bytes(span.dtype)
     first_byte = span.start + low - span.at
     first, last = first_byte // item, -(-(first_byte + high - low) // item)
 
     def need(operand: Operand | None) -> int:
         if operand is None:
             return -1
-        width = 1 if span.rule == "copy" else item_bytes(operand.dtype)
+        width = 1 if opaque else item_bytes(operand.dtype)
         ranges.append(_Range(operand.path, operand.offset + first * width, (last - first) * width))
         return len(ranges) - 1
 
     target = need(span.target)
     vectors = tuple((need(vector.plus), need(vector.minus)) for vector in span.vectors)
-    return _Draft(index, low, high, first_byte - first * item, last - first, target, vectors)
+    return _Draft(index, low, high, first_byte - first * item, first, last - first, target, vectors)
 
 
 def _place(ranges: list[_Range]) -> tuple[list[Read], list[int], int]:

@@ -48,7 +48,7 @@ class PartComputer:
 
         Block after block is added to the totals, so that the sums do not depend on how a span is cut in parts.
         """
-        if span.rule == "copy":
+        if span.dtype not in TORCH_DTYPES:
             source = arena.view[part.target : part.target + part.nbytes]
             for out in outs:
                 out.view[part.at : part.at + part.nbytes] = source
@@ -68,7 +68,9 @@ class PartComputer:
                     done = 1
                     continue
                 measured = self._block(span, part, alphas, arena, outs, done, count)
-                totals = [total.plus(more) for total, more in zip(totals, measured, strict=True)]
+                totals = [
+                    total.plus(_moved(more, part.first + done)) for total, more in zip(totals, measured, strict=True)
+                ]
                 done += count
             if self._cuda_stream is not None:
                 self._cuda_stream.synchronize()
@@ -113,3 +115,10 @@ class PartComputer:
                 raw = result.view(torch.uint8)[low - place : high - place]
                 out.tensor(low, high - low, torch.uint8).copy_(raw, non_blocking=True)
         return measured
+
+
+def _moved(measures: Measures, first: int) -> Measures:
+    """The measures of a block that begins at element ``first`` of its tensor."""
+    if measures.first_nonfinite is None:
+        return measures
+    return measures._replace(first_nonfinite=first + measures.first_nonfinite)

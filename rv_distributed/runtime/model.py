@@ -43,6 +43,9 @@ class SpanResult(NamedTuple):
     v_max: float
     changed: int
     inexact: int
+    nonfinite: int
+    first_nonfinite: int | None
+    """Index of the first element that is NaN or infinite, in the whole tensor."""
 
 
 class Waited(NamedTuple):

@@ -228,9 +228,49 @@ def test_an_output_whose_alphas_are_all_zero_is_the_target_and_measures_no_vecto
     assert (measures.v_sq, measures.v_max, measures.changed, measures.inexact) == (0.0, 0.0, 0, 0)
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("alphas", [[[0.7]], [[0.7], [0.0], [-3.0]], [[1.0]]], ids=str)
+def test_what_is_nan_or_infinite_in_an_output_is_counted(alphas: list[list[float]], out_dtype: str) -> None:
+    rng = np.random.default_rng(41)
+    places = rng.choice(5000, 60, replace=False)
+    target, plus, minus = (weights(rng, "F32", (5000,)) for _ in range(3))
+    raws = []
+    for raw, spoilt in zip((target, plus, minus), np.split(places, 3), strict=True):
+        values = np.frombuffer(raw.data, np.float32).copy()
+        values[spoilt] = rng.choice([np.nan, np.inf, -np.inf, 3e38], len(spoilt))
+        raws.append(Raw("F32", raw.shape, values.tobytes()))
+    outs, measured = run_combine(raws[0], [(raws[1], raws[2])], alphas, [out_dtype] * len(alphas))
+    for out, measures in zip(outs, measured, strict=True):
+        nonfinite = np.flatnonzero(~np.isfinite(widen(out)))
+        assert (measures.nonfinite, measures.first_nonfinite) == (len(nonfinite), nonfinite[0])
+    vector, measures = run_extract(raws[1], raws[2], out_dtype)
+    nonfinite = np.flatnonzero(~np.isfinite(widen(vector)))
+    assert (measures.nonfinite, measures.first_nonfinite) == (len(nonfinite), nonfinite[0])
+
+
+@pytest.mark.parametrize("value", [1e18, 1e20, 3e37, 3.3e38])
+def test_large_finite_values_are_not_taken_for_infinite(value: float) -> None:
+    target = Raw("F32", (1000,), np.full(1000, value, np.float32).tobytes())
+    nothing = Raw("F32", (1000,), bytes(4000))
+    for dtype in ("F32", "BF16"):
+        (out,), (measures,) = run_combine(target, [(nothing, None)], [[1.0]], [dtype])
+        assert np.all(np.isfinite(widen(out)))
+        assert (measures.nonfinite, measures.first_nonfinite) == (0, None)
+
+
+def test_sums_that_are_too_large_for_the_output_s_dtype_count_as_infinite() -> None:
+    target = Raw("F16", (3,), np.array([60000, 1, -60000], np.float16).tobytes())
+    plus = Raw("F16", (3,), np.array([6000, 1, -4000], np.float16).tobytes())
+    (one, wide), (first, second) = run_combine(target, [(plus, None)], [[0.5], [1.5]], ["F16", "F16"])
+    assert np.all(np.isfinite(widen(one)))
+    assert (first.nonfinite, first.first_nonfinite) == (0, None)
+    assert np.isinf(widen(wide)).tolist() == [True, False, True]
+    assert (second.nonfinite, second.first_nonfinite) == (2, 0)
+
+
 def test_measures_of_blocks_add_up() -> None:
-    total = Measures(1.0, 2.0, 0.5, 3, 1).plus(Measures(0.25, 0.5, 0.75, 4, 0)).plus(Measures())
-    assert total == Measures(1.25, 2.5, 0.75, 7, 1)
+    total = Measures(1.0, 2.0, 0.5, 3, 1).plus(Measures(0.25, 0.5, 0.75, 4, 0, 2, 9)).plus(Measures())
+    assert total == Measures(1.25, 2.5, 0.75, 7, 1, 2, 9)
 
 
 def test_nothing_is_measured_when_nobody_asks() -> None:
