@@ -6,21 +6,12 @@ import re
 from pathlib import PurePosixPath
 from typing import Final
 
+#: Weights of other formats: copied, they would be another model's beside the new one, and a pickle runs code.
 _WEIGHT_SUFFIXES: Final = frozenset(
-    {
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-        ".npz",
-        ".distcp",
-    }
+    (
+        ".safetensors .bin .pt .pth .ckpt .pkl .pickle .joblib .ot .nemo .h5 .hdf5 .keras .msgpack .pb .tflite .onnx "
+        ".onnx_data .npy .npz .gguf .ggml .distcp .mlmodel .pdparams .pte .engine"
+    ).split()
 )
 _OWN_NAMES: Final = frozenset({"rv_manifest.json", "rv_tensors.parquet", "rv_recipe.yaml", "README.md"})
 _LEFT_OUT_FOLDERS: Final = frozenset({".git", ".cache", "__pycache__"})
