@@ -27,16 +27,16 @@ from typing import Final
 
 _MAX_QUOTED: Final = 1000
 _NOT_ASCII: Final = re.compile(r"[^ -~]")
-_USER_INFO: Final = re.compile(r"(?<=://)[^\s/@\"']+@")
+_USER_INFO: Final = re.compile(r"(?<=://)[^\s/@\\\"']+@")
 _SECRET_FIELD: Final = re.compile(
     r"([?&](?:x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|googleaccessid|[\w-]*(?:sig|signature|token|secret|key|password"
-    r"|credential))=)[^&#\s\"']+",
+    r"|credential))=)[^&#\s\\\"']+",
     re.IGNORECASE,
 )
 
 
 def redacted(text: str) -> str:
-    """``text`` without the passwords, tokens and signatures of the URIs in it."""
+    """``text`` without the passwords, tokens and signatures of the URIs in it; JSON stays JSON."""
     return _SECRET_FIELD.sub(r"\g<1>***", _USER_INFO.sub("***@", text))
 
 

@@ -20,6 +20,7 @@ from blake3 import blake3
 from rv_distributed.errors import OutputError
 from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
+from rv_distributed.storage.places import staging_folder
 from rv_distributed.storage.publish import locked, preallocate, publish, recover, remove, sync, write_durably
 
 _LOCK: Final = "lock"
@@ -180,12 +181,6 @@ class Staging:
     def close(self) -> None:
         """Let go of the place; what is in it stays for the next run."""
         self._closing.close()
-
-
-def staging_folder(out: str) -> str:
-    """Where the output ``out`` is made."""
-    parent, name = os.path.split(os.path.abspath(out))
-    return os.path.join(parent, f".{name}.rv")
 
 
 def _check(text: str) -> str:

@@ -34,7 +34,8 @@ def build_card(manifest: Manifest, names: Mapping[str, str], licence: Mapping[st
 
     names = {uri: one_line(" ".join(name.splitlines())) for uri, name in names.items()}
     base_models = list(dict.fromkeys(names[item.uri] for item in manifest.inputs))
-    metadata = ModelCardData(base_model=base_models, tags=list(TAGS), library_name="transformers", **licence)
+    fields: Any = licence
+    metadata = ModelCardData(base_model=base_models, tags=list(TAGS), library_name="transformers", **fields)
     kind = "A reasoning vector" if manifest.operation == "extract" else "A model with a reasoning vector added"
     rows = [
         f"| {item.role} | {_cell(names[item.uri])} | {item.revision or ''} | `{item.fingerprint[:23]}…` |"
