@@ -41,12 +41,15 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
             manifests = job.run(show)
         except OSError as error:
             raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
+    zero = zero_vectors(job, manifests)
+    for warning in zero:
+        warn(f"warning: {one_line(warning)}")
     if talks:
         say(closing_summary(job, manifests, time.monotonic() - began))
     if common.json:
         outputs = [{"path": out, "manifest": asdict(m)} for out, m in zip(job.outs, manifests, strict=True)]
         document = {"schema_version": 1, "status": "done", "plan": plan_document(job), "outputs": outputs}
-        say(json.dumps(document, indent=2))
+        say(json.dumps({**document, "warnings": zero}, indent=2))
 
 
 def plan_summary(job: Job) -> str:
@@ -148,6 +151,16 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], seconds: float) -> 
     for out, manifest in zip(job.outs, manifests, strict=True):
         lines += [one_line(out), f"    {_measures(manifest)}"]
     return "\n".join(lines)
+
+
+def zero_vectors(job: Job, manifests: Sequence[Manifest]) -> list[str]:
+    """A warning for every output whose vector was zero in all tensors that were computed."""
+    again = "Check that donor and reference are the checkpoints that you mean."
+    return [
+        f"{out}: the vector was zero in all {_plural(manifest.totals.combined, 'computed tensor')}. {again}"
+        for out, manifest in zip(job.outs, manifests, strict=True)
+        if manifest.totals.combined and manifest.totals.v_max == 0
+    ]
 
 
 def _measures(manifest: Manifest) -> str:
