@@ -30,7 +30,7 @@ _NOT_ASCII: Final = re.compile(r"[^ -~]")
 _USER_INFO: Final = re.compile(r"(?<=://)[^\s/@\\\"']+@")
 _SECRET_FIELD: Final = re.compile(
     r"([?&](?:x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|googleaccessid|[\w-]*(?:sig|signature|token|secret|key|password"
-    r"|credential))=)[^&#\s\\\"']+",
+    r"|credential))=)[^&#\s\\\"']+?(?=[:;,.)]*(?:[&#\s\\\"']|$))",
     re.IGNORECASE,
 )
 
