@@ -17,7 +17,7 @@ from typing import Literal
 
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
-from rv_distributed.errors import InputError, Problem, UsageError
+from rv_distributed.errors import InputError, OutputError, Problem, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.opening import open_checkpoint, same_weights
 from rv_distributed.plan import Plan, PlanOptions, make_plan, misfits, task_of
@@ -28,7 +28,7 @@ from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpu
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to_read, size_buffers
 from rv_distributed.staging import Staging
 from rv_distributed.storage import local_path, open_folder
-from rv_distributed.storage.places import Room, check_places, check_rooms, rooms
+from rv_distributed.storage.places import Room, check_rooms, place_problems, rooms
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,22 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
         raise UsageError("give each alpha an output of its own")
     outs = [local_path(out) for out in outs]
     with _collector_paused():
-        opened = _open_all(recipe, plan_options)
-        check_places(outs, opened.values(), overwrite=run_options.overwrite)
-        problems = _whole_problems(recipe, opened)
-        try:
-            plan = make_plan(recipe, opened, plan_options)
-        except InputError as error:
-            problems += error.problems
+        opened, problems = _open_all(recipe)
+        places = place_problems(outs, opened.values(), overwrite=run_options.overwrite)
+        plan = None
         if problems:
-            raise InputError(problems)
+            readable = [opened[name] for name in recipe.inputs if name in opened]
+            problems += misfits(readable, plan_options.selects if plan_options.is_selective else None)
+        else:
+            problems += _whole_problems(recipe, opened)
+            try:
+                plan = make_plan(recipe, opened, plan_options)
+            except InputError as error:
+                problems += error.problems
+    if problems or plan is None:
+        raise InputError([*problems, *places])
+    if places:
+        raise OutputError(" ".join(map(str, places)))
     runtime = choose_runtime(run_options)
     streams = (run_options.workers or min(16, 2 * usable_cpus())) if runtime == "local" else 2
     sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options))
@@ -86,7 +93,8 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _open_all(recipe: Recipe, options: PlanOptions) -> dict[str, Checkpoint]:
+def _open_all(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[Problem]]:
+    """The checkpoints that could be opened, by the recipe's names for them, and what is wrong with the others."""
     uris = [recipe.target] if recipe.target is not None else []
     for vector in recipe.vectors:
         uris += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
@@ -106,10 +114,7 @@ def _open_all(recipe: Recipe, options: PlanOptions) -> dict[str, Checkpoint]:
                 problems += result.problems
             else:
                 opened[uri] = result
-    if problems:
-        readable = [opened[name] for name in recipe.inputs if name in opened]
-        raise InputError([*problems, *misfits(readable, options.selects if options.is_selective else None)])
-    return opened
+    return opened, problems
 
 
 def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Problem]:
@@ -118,9 +123,15 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Pr
     problems = []
     for vector in (recipe.vectors[number] for number in recipe.used):
         plus, minus = opened[vector.plus], opened[vector.minus] if vector.minus is not None else None
-        if minus is not None and same_weights(plus, minus):
-            what = f"is the donor and holds the same weights as the reference, {minus.uri}: the vector would be zero"
-            problems.append(Problem(plus.uri, what, "Give two different checkpoints as --donor and --reference."))
+        try:
+            if minus is not None and same_weights(plus, minus):
+                what = (
+                    f"is the donor and holds the same weights as the reference, {minus.uri}: the vector would be zero"
+                )
+                problems.append(Problem(plus.uri, what, "Give two different checkpoints as --donor and --reference."))
+        except OSError as error:
+            what = f"cannot be read: {error.strerror or error}"
+            problems.append(Problem(str(error.filename or plus.uri), what, "Check its storage."))
     frame = opened[recipe.frame]
     folder = open_folder(frame.uri)
     for sidecar in frame.sidecars:
@@ -131,7 +142,7 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Pr
                 Problem(path, what, "Put the file itself there if it belongs to the model; else remove it.")
             )
         elif not os.access(path, os.R_OK):
-            problems.append(Problem(path, "cannot be read: permission denied", "Change its permissions."))
+            problems.append(Problem(path, "cannot be read: Permission denied", "Change its permissions."))
     return problems
 
 

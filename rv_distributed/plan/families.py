@@ -88,8 +88,9 @@ def quantization_problem(checkpoint: Checkpoint) -> Problem | None:
     """Why a checkpoint's weights are no numbers to add to, if they are quantized."""
     key = "quantization_config"
     stated = checkpoint.config.get(key) or _text_config(checkpoint.config).get(key)
-    if isinstance(stated, dict):
-        method = str(stated.get("quant_method", "bitsandbytes" if "load_in_4bit" in stated else "of an unknown kind"))
+    if isinstance(stated, dict) and stated:
+        unnamed = "bitsandbytes" if "load_in_4bit" in stated else "not named"
+        method = str(stated.get("quant_method", unnamed)).lower()
         # Some methods quantize while they compute, and store ordinary weights.
         if method in _CONVERTERS or not ARITHMETIC.keys() >= checkpoint.dtypes.keys():
             what = f"says that the weights are quantized: its quant_method is {method!r:.80}"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint
-from rv_distributed.errors import OutputError, UsageError
+from rv_distributed.errors import OutputError, Problem, UsageError
 
 
 def staging_folder(out: str) -> str:
@@ -19,29 +19,34 @@ def staging_folder(out: str) -> str:
     return os.path.join(parent, f".{name}.rv")
 
 
-def check_places(outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwrite: bool) -> None:
-    """Raise UsageError when outputs lie in each other; OutputError when one exists (without ``overwrite``), is
-    none of ours, overlaps an input, or lies where nothing can be written."""
+def place_problems(outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwrite: bool) -> list[Problem]:
+    """What is wrong with the places of outputs: one that exists (without ``overwrite``), is none of ours, overlaps
+    an input, or lies where nothing can be written. Raises UsageError when outputs lie in each other."""
     places = sorted(outs)
     for out, other in combinations(places, 2):
         if os.path.commonpath([out, other]) == out:
             raise UsageError(f"--out: {other} lies in {out}; give each alpha a folder beside the others")
     inputs = list(inputs)
-    for out in places:
-        for checkpoint in inputs:
-            if _overlaps(out, checkpoint):
-                raise OutputError(f"{out}: the output and the input {checkpoint.uri} overlap. Give another --out.")
-        if os.path.lexists(out) and not overwrite:
-            raise OutputError(f"{out} already exists. Give another --out, or --overwrite to replace it.")
-        if os.path.ismount(out):
-            raise OutputError(f"{out} is a mount point, which no rename can replace. Give a folder in it as --out.")
-        if os.path.isdir(out) and not os.path.islink(out) and os.listdir(out) and not _is_output(out):
-            raise OutputError(f"{out} is no output of rv, so --overwrite leaves it alone. Remove it yourself first.")
-        parent = _existing_parent(out)
-        if not os.path.isdir(parent):
-            raise OutputError(f"{out}: {parent} is no folder. Give another --out.")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{out}: {parent} cannot be written to. Give another --out, or change its permissions.")
+    found = (_place_problem(out, inputs, overwrite) for out in places)
+    return [problem for problem in found if problem is not None]
+
+
+def _place_problem(out: str, inputs: Iterable[Checkpoint], overwrite: bool) -> Problem | None:
+    for checkpoint in inputs:
+        if _overlaps(out, checkpoint):
+            return Problem(out, f"the output and the input {checkpoint.uri} overlap", "Give another --out.")
+    if os.path.lexists(out) and not overwrite:
+        return Problem(out, "already exists", "Give another --out, or --overwrite to replace it.")
+    if os.path.ismount(out):
+        return Problem(out, "is a mount point, which no rename can replace", "Give a folder in it as --out.")
+    if os.path.isdir(out) and not os.path.islink(out) and os.listdir(out) and not _is_output(out):
+        return Problem(out, "is no output of rv, so --overwrite leaves it alone", "Remove it yourself first.")
+    parent = _existing_parent(out)
+    if not os.path.isdir(parent):
+        return Problem(out, f"{parent} is no folder", "Give another --out.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return Problem(out, f"{parent} cannot be written to", "Give another --out, or change its permissions.")
+    return None
 
 
 def _overlaps(out: str, checkpoint: Checkpoint) -> bool:

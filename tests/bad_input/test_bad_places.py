@@ -66,8 +66,16 @@ def test_a_folder_that_is_no_output_of_ours_is_left_alone(tmp_path: Path) -> Non
     models = make_models(tmp_path / "models")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
-    told = f"{tmp_path / 'out'} is no output of rv, so --overwrite leaves it alone. Remove it yourself first."
+    told = f"{tmp_path / 'out'}: is no output of rv, so --overwrite leaves it alone. Remove it yourself first."
     assert_refused(tmp_path, transfer(models, tmp_path / "out", "--overwrite"), told)
+
+
+def test_bad_places_are_told_with_bad_inputs(tmp_path: Path) -> None:
+    models = make_models(tmp_path)
+    (models / "reference" / INDEX).write_text("{")
+    out = models / "target" / "out"
+    told = [f"  1. {models / 'reference' / INDEX}: is not JSON", f"  2. {out}: the output and the input "]
+    assert_refused(models, transfer(models, out), "rv: 2 problems with the inputs:\n", *told)
 
 
 # Files that are not what they should be
@@ -124,7 +132,7 @@ UNREADABLE = {
     ONE: "cannot be read: Permission denied. Check its permissions and its storage.",
     INDEX: "cannot be read: Permission denied. Check its permissions and its storage.",
     "config.json": "cannot be read: Permission denied. Check its permissions and its storage.",
-    "tokenizer.json": "cannot be read: permission denied. Change its permissions.",
+    "tokenizer.json": "cannot be read: Permission denied. Change its permissions.",
     "": "cannot be listed: Permission denied. Check its permissions.",
     "code": "cannot be listed: Permission denied. Check its permissions.",
 }
