@@ -86,16 +86,17 @@ def _has_rows(inputs: Sequence[Checkpoint], sizes: tuple[Any, ...], selects: Cal
 
 def quantization_problem(checkpoint: Checkpoint) -> Problem | None:
     """Why a checkpoint's weights are no numbers to add to, if they are quantized."""
+    # Quantized weights are never floating-point numbers of 16 or 32 bits all through.
+    is_ordinary = ARITHMETIC.keys() >= checkpoint.dtypes.keys()
     key = "quantization_config"
     stated = checkpoint.config.get(key) or _text_config(checkpoint.config).get(key)
     if isinstance(stated, dict) and stated:
         unnamed = "bitsandbytes" if "load_in_4bit" in stated else "not named"
         method = str(stated.get("quant_method", unnamed)).lower()
-        # Some methods quantize while they compute, and store ordinary weights.
-        if method in _CONVERTERS or not ARITHMETIC.keys() >= checkpoint.dtypes.keys():
+        if method in _CONVERTERS or not is_ordinary:
             what = f"says that the weights are quantized: its quant_method is {method!r:.80}"
             return Problem(f"{checkpoint.uri}/config.json", what, _remedy(method))
-    for name in checkpoint.tensors:
+    for name in () if is_ordinary else checkpoint.tensors:
         for mark, method in _MARKS.items():
             if name.endswith(mark):
                 what = f"belongs to quantized weights ({'gptq or awq' if method == 'gptq' else method})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import combinations
 from typing import NamedTuple
 
@@ -104,9 +105,12 @@ def _mount_point(folder: str) -> str:
 
 
 def _held(folder: str) -> int:
-    return sum(
-        os.stat(os.path.join(parent, name)).st_blocks * 512 for parent, _, names in os.walk(folder) for name in names
-    )
+    held = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # another run may be at work there
+                held += os.stat(os.path.join(parent, name)).st_blocks * 512
+    return held
 
 
 def check_rooms(found: Iterable[Room]) -> None:

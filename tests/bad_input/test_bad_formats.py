@@ -93,7 +93,12 @@ def test_tensors_of_quantized_weights_are_refused_by_name_without_a_config(tmp_p
     for role in ("target", "donor", "reference"):
         norm = Raw("BF16", (8,), b"\x80\x3f" * 8)
         item = {"I32": 4, "F32": 4, "U8": 1}[dtype]
-        write_checkpoint(tmp_path / role, {"norm": norm, name: Raw(dtype, (8,), bytes(8 * item))})
+        tensors = {
+            "norm": norm,
+            "layers.0.up.weight": Raw("I8", (8,), bytes(8)),
+            name: Raw(dtype, (8,), bytes(8 * item)),
+        }
+        write_checkpoint(tmp_path / role, tensors)
     what = f": tensor {name!r}: belongs to quantized weights ({method}). "
     told = [(f"{tmp_path / role}{what}", remedy) for role in ("target", "donor", "reference")]
     assert_refused(tmp_path, transfer(tmp_path, tmp_path / "out"), *told)
