@@ -30,7 +30,7 @@ _NOT_ASCII: Final = re.compile(r"[^ -~]")
 _USER_INFO: Final = re.compile(r"(?<=://)[^\s/@\\\"']+@")
 _SECRET_FIELD: Final = re.compile(
     r"([?&](?:x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|googleaccessid|[\w-]*(?:sig|signature|token|secret|key|password"
-    r"|credential))=)[^&#\s\\\"']+?(?=[:;,.)]*(?:[&#\s\\\"']|$))",
+    r"|credential))=)[^&#\s\\\"']+?(?=[:;,.)]{0,3}(?:[&#\s\\\"']|$))",
     re.IGNORECASE,
 )
 
@@ -43,7 +43,7 @@ def redacted(text: str) -> str:
 def one_line(text: str) -> str:
     """``text`` with escapes in place of all that a terminal obeys or that reorders what is read: control
     characters, ends of lines, marks of text direction. Cut where it is too long to be read."""
-    text = redacted(text)
+    text = redacted(text[: 10 * _MAX_QUOTED])
     text = text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
     return _NOT_ASCII.sub(_escape, text)
 

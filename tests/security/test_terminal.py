@@ -61,6 +61,14 @@ def test_a_name_of_megabytes_is_cut() -> None:
     assert len(str(Problem("f", "w", "r", "x" * 50_000_000))) < 2000
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "part", ["?token=" + ":" * 1_000_000, "://a" * 300_000, "?key" * 300_000, "&" + "key" * 300_000]
+)
+def test_no_text_takes_long_to_be_shown(part: str) -> None:
+    assert len(printable(part)) > 4
+
+
 def test_only_one_module_prints() -> None:
     package = Path(rv_distributed.cli.__file__).parents[1]
     parsed = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")}
