@@ -10,7 +10,7 @@ MERGEKIT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow bench lint format typecheck imports build check-wheel clean
+.PHONY: help demo test test-slow bench lint format typecheck imports audit build check-wheel clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,10 @@ typecheck: $(VENV)/.dev  ## strict types
 
 imports: $(VENV)/.dev  ## the import contract
 	$(BIN)/lint-imports
+
+audit: $(VENV)/.installed  ## known vulnerabilities of the dependencies; needs a network
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
 
 build: $(VENV)/.dev  ## sdist and wheel, in dist/
 	rm -rf dist

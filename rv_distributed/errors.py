@@ -13,14 +13,48 @@
     ├── VerifyError       a finished output differs from its manifest          exit status 3
     └── Interrupted       SIGINT or SIGTERM; the run can be resumed            exit status 130, 143
 
-All of them survive pickling: their constructors take exactly the values that they keep in ``args``.
+All of them survive pickling: their constructors take exactly the values that they keep in ``args``. What they
+quote from files is hostile until `one_line` or `printable` has been over it; the command line shows nothing else.
 """
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
+
+_MAX_QUOTED: Final = 1000
+_NOT_ASCII: Final = re.compile(r"[^ -~]")
+_USER_INFO: Final = re.compile(r"(?<=://)[^\s/@\\\"']+@")
+_SECRET_FIELD: Final = re.compile(
+    r"([?&](?:x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|googleaccessid|[\w-]*(?:sig|signature|token|secret|key|password"
+    r"|credential))=)[^&#\s\\\"']+?(?=[:;,.)]{0,3}(?:[&#\s\\\"']|$))",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: str) -> str:
+    """``text`` without the passwords, tokens and signatures of the URIs in it; JSON stays JSON."""
+    return _SECRET_FIELD.sub(r"\g<1>***", _USER_INFO.sub("***@", text))
+
+
+def one_line(text: str) -> str:
+    """``text`` with escapes in place of all that a terminal obeys or that reorders what is read: control
+    characters, ends of lines, marks of text direction. Cut where it is too long to be read."""
+    text = redacted(text[: 10 * _MAX_QUOTED])
+    text = text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
+    return _NOT_ASCII.sub(_escape, text)
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal or a log: every line as `one_line`, but of any length."""
+    return "\n".join(_NOT_ASCII.sub(_escape, line) for line in redacted(text).split("\n"))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0] if found[0].isprintable() else found[0].encode("unicode_escape").decode()
 
 
 class RvError(Exception):
@@ -49,8 +83,9 @@ class Problem:
     """The tensor at fault, if it is one tensor's problem."""
 
     def __str__(self) -> str:
-        subject = f"{self.where}: tensor {self.tensor!r}" if self.tensor is not None else self.where
-        return f"{subject}: {self.what}. {self.remedy}"
+        where = one_line(self.where)
+        subject = f"{where}: tensor {one_line(repr(self.tensor))}" if self.tensor is not None else where
+        return f"{subject}: {one_line(self.what)}. {one_line(self.remedy)}"
 
 
 class InputError(RvError):
@@ -87,10 +122,10 @@ class PieceError(RunError):
         self.cause, self.file, self.start, self.stop, self.tensors = cause, file, start, stop, tensors
 
     def __str__(self) -> str:
-        names = ", ".join(repr(name) for name in self.tensors[:3])
+        names = ", ".join(one_line(repr(name)) for name in self.tensors[:3])
         more = f" and {len(self.tensors) - 3} more" if len(self.tensors) > 3 else ""
         of = f" (tensor {names}{more})" if names else ""
-        return f"{self.file}, bytes {self.start} to {self.stop}{of}: {self.cause}"
+        return f"{one_line(self.file)}, bytes {self.start} to {self.stop}{of}: {one_line(self.cause)}"
 
 
 class WorkerError(RunError):
@@ -118,8 +153,8 @@ class Finding:
 
     def __str__(self) -> str:
         place = f", bytes {self.start} to {self.stop}" if self.start is not None else ""
-        tensor = f", tensor {self.tensor!r}" if self.tensor is not None else ""
-        return f"{self.file}{place}{tensor}: {self.what}"
+        tensor = f", tensor {one_line(repr(self.tensor))}" if self.tensor is not None else ""
+        return f"{one_line(self.file)}{place}{tensor}: {one_line(self.what)}"
 
 
 class VerifyError(RvError):
@@ -134,7 +169,7 @@ class VerifyError(RvError):
     def __str__(self) -> str:
         lines = "\n".join(f"  {finding}" for finding in self.findings)
         count = len(self.findings)
-        return f"{self.uri}: {count} difference{'s' if count != 1 else ''} found\n{lines}"
+        return f"{one_line(self.uri)}: {count} difference{'s' if count != 1 else ''} found\n{lines}"
 
 
 class Interrupted(RvError):

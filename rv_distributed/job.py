@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Literal
 
-from rv_distributed.checkpoint.manifest import MANIFEST_FILE, Manifest, Timings
+from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.errors import InputError, OutputError, Problem, UsageError
 from rv_distributed.identity import identity_of
-from rv_distributed.opening import open_checkpoint
-from rv_distributed.plan import Plan, PlanOptions, make_plan, task_of
+from rv_distributed.opening import open_checkpoint, same_weights
+from rv_distributed.plan import Plan, PlanOptions, make_plan, misfits, task_of
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer
 from rv_distributed.runtime.model import Runtime, WorkerConfig
 from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpus
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to_read, size_buffers
-from rv_distributed.staging import Staging, staging_folder
-from rv_distributed.storage import local_path
+from rv_distributed.staging import Staging
+from rv_distributed.storage import local_path, open_folder
+from rv_distributed.storage.places import Room, check_rooms, place_problems, rooms
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +58,22 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
         raise UsageError("give each alpha an output of its own")
     outs = [local_path(out) for out in outs]
     with _collector_paused():
-        opened = _open_all(recipe)
-        _check_places(outs, opened, run_options)
-        plan = make_plan(recipe, opened, plan_options)
+        opened, problems = _open_all(recipe)
+        places = place_problems(outs, opened.values(), overwrite=run_options.overwrite)
+        plan = None
+        if problems:
+            readable = [opened[name] for name in recipe.inputs if name in opened]
+            problems += misfits(readable, plan_options.selects if plan_options.is_selective else None)
+        else:
+            problems += _whole_problems(recipe, opened)
+            try:
+                plan = make_plan(recipe, opened, plan_options)
+            except InputError as error:
+                problems += error.problems
+    if problems or plan is None:
+        raise InputError([*problems, *places])
+    if places:
+        raise OutputError(" ".join(map(str, places)))
     runtime = choose_runtime(run_options)
     streams = (run_options.workers or min(16, 2 * usable_cpus())) if runtime == "local" else 2
     sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options))
@@ -81,7 +93,8 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
+def _open_all(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[Problem]]:
+    """The checkpoints that could be opened, by the recipe's names for them, and what is wrong with the others."""
     uris = [recipe.target] if recipe.target is not None else []
     for vector in recipe.vectors:
         uris += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
@@ -101,42 +114,40 @@ def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
                 problems += result.problems
             else:
                 opened[uri] = result
-    if problems:
-        raise InputError(problems)
-    return opened
+    return opened, problems
 
 
-def _check_places(outs: Sequence[str], opened: Mapping[str, Checkpoint], options: RunOptions) -> None:
-    places = sorted(outs)
-    for out, other in combinations(places, 2):
-        if os.path.commonpath([out, other]) == out:
-            raise UsageError(f"--out: {other} lies in {out}; give each alpha a folder beside the others")
-    for out in places:
-        for checkpoint in opened.values():
-            real = os.path.realpath(checkpoint.uri)
-            if os.path.commonpath([os.path.realpath(out), real]) in (real, os.path.realpath(out)):
-                raise OutputError(f"{out}: the output and the input {checkpoint.uri} overlap. Give another --out.")
-        if os.path.lexists(out) and not options.overwrite:
-            raise OutputError(f"{out} already exists. Give another --out, or --overwrite to replace it.")
-        if os.path.ismount(out):
-            raise OutputError(f"{out} is a mount point, which no rename can replace. Give a folder in it as --out.")
-        if os.path.isdir(out) and not os.path.islink(out) and os.listdir(out) and not _is_output(out):
-            raise OutputError(f"{out} is no output of rv, so --overwrite leaves it alone. Remove it yourself first.")
-        parent = os.path.dirname(out)
-        while not os.path.lexists(parent):
-            parent = os.path.dirname(parent)
-        if not os.path.isdir(parent):
-            raise OutputError(f"{out}: {parent} is no folder. Give another --out.")
-        if not os.access(parent, os.W_OK):
-            raise OutputError(f"{out}: {parent} cannot be written to. Give another --out, or change its permissions.")
+def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Problem]:
+    """What is wrong with files that the plan does not look into: donors that are their reference, and small files
+    that would be copied from elsewhere or cannot be read."""
+    problems = []
+    for vector in (recipe.vectors[number] for number in recipe.used):
+        plus, minus = opened[vector.plus], opened[vector.minus] if vector.minus is not None else None
+        try:
+            if minus is not None and same_weights(plus, minus):
+                what = (
+                    f"is the donor and holds the same weights as the reference, {minus.uri}: the vector would be zero"
+                )
+                problems.append(Problem(plus.uri, what, "Give two different checkpoints as --donor and --reference."))
+        except OSError as error:
+            what = f"cannot be read: {error.strerror or error}"
+            problems.append(Problem(str(error.filename or plus.uri), what, "Check its storage."))
+    frame = opened[recipe.frame]
+    folder = open_folder(frame.uri)
+    for sidecar in frame.sidecars:
+        path = folder.path(sidecar.name)
+        if elsewhere := folder.leads_elsewhere(sidecar.name):
+            what = f"is a link to {elsewhere}, outside of the checkpoint, and would be copied into the output"
+            problems.append(
+                Problem(path, what, "Put the file itself there if it belongs to the model; else remove it.")
+            )
+        elif not os.access(path, os.R_OK):
+            problems.append(Problem(path, "cannot be read: Permission denied", "Change its permissions."))
+    return problems
 
 
 def _budget(options: RunOptions) -> int:
     return DEFAULT_BUDGET_BYTES if options.memory_budget_bytes is None else options.memory_budget_bytes
-
-
-def _is_output(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, MANIFEST_FILE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,25 +179,15 @@ class Job:
         """What was odd about the inputs but does not stop the run."""
         return tuple(warning for checkpoint in self.opened.values() for warning in checkpoint.warnings)
 
-    def free_bytes(self) -> int:
-        """Free disk space at the first output, counting what an unfinished run has reserved there."""
-        parent = os.path.dirname(self.outs[0])
-        while not os.path.exists(parent):
-            parent = os.path.dirname(parent)
-        held = 0
-        for out in self.outs:
-            for folder, _, names in os.walk(staging_folder(out)):
-                held += sum(os.stat(os.path.join(folder, name)).st_blocks * 512 for name in names)
-        return shutil.disk_usage(parent).free + held
+    @property
+    def rooms(self) -> tuple[Room, ...]:
+        """The file systems that the outputs go to, with the room that they take there and the room that there is."""
+        sidecars = sum(file.size for file in self.opened[self.recipe.frame].sidecars)
+        return rooms(self.outs, self.plan.output_bytes + sidecars)
 
     def check_space(self) -> None:
         """Raise OutputError when the outputs do not fit."""
-        free = self.free_bytes()
-        if self.bytes_out > free:
-            raise OutputError(
-                f"{self.outs[0]}: the output takes {self.bytes_out} bytes, but {free} are free. "
-                "Free some space, or give another --out."
-            )
+        check_rooms(self.rooms)
 
     def run(self, progress: ProgressCallback | None = None) -> tuple[Manifest, ...]:
         """Make the outputs; returns their manifests, in order.
@@ -206,7 +207,7 @@ class Job:
             reducers = [Reducer(self.plan, number, staging) for number, staging in enumerate(stagings)]
             kept = self._keep(stagings, reducers)
             timings = self._stream(runtime, stagings, reducers, kept, progress)
-            frame = self.opened[self.recipe.target or self.recipe.vectors[0].plus]
+            frame = self.opened[self.recipe.frame]
             return tuple(reducer.commit(frame, self.opened, timings) for reducer in reducers)
 
     def _keep(self, stagings: Sequence[Staging], reducers: Sequence[Reducer]) -> set[int]:

@@ -27,7 +27,7 @@ from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
 from rv_distributed.checkpoint.sidecars import is_sidecar
 from rv_distributed.errors import InputError, Problem
 from rv_distributed.storage import PosixFolder, open_folder
-from rv_distributed.storage.posix import is_text
+from rv_distributed.storage.posix import is_text, same_bytes
 
 #: One read fetches most headers whole.
 _FIRST_READ_BYTES: Final = 256 * 1024
@@ -35,6 +35,28 @@ _SAMPLE_BYTES: Final = 64 * 1024
 _MAX_JSON_BYTES: Final = 100_000_000
 _PARALLEL_READS: Final = 16
 _DOWNLOAD_AGAIN: Final = "Download the file again."
+_CHECK_ACCESS: Final = "Check its permissions and its storage."
+_RELINK: Final = "Download the file again, or remove the link."
+_OTHER_FORMATS: Final = (
+    (
+        (".bin", ".pt", ".pth", ".ckpt", ".pkl"),
+        "pickled PyTorch weights",
+        "A pickle can run code, so none is read; convert other formats first: transformers' from_pretrained and "
+        "save_pretrained write safetensors.",
+    ),
+    (
+        (".gguf",),
+        "GGUF weights",
+        "Give the model that they were made from, or convert them first: transformers' from_pretrained(FOLDER, "
+        "gguf_file=NAME) and save_pretrained write safetensors.",
+    ),
+    (
+        (".h5", ".msgpack", ".npz", ".onnx"),
+        "weights in another format",
+        "Convert them first: transformers' from_pretrained (with from_tf or from_flax) and save_pretrained write "
+        "safetensors.",
+    ),
+)
 _SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
@@ -53,6 +75,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         for name in files
         if not is_text(name)
     ]
+    problems += _unreachable(folder)
     warnings: list[str] = []
     weight_map, shards = _choose_shards(folder, files, problems, warnings)
 
@@ -104,14 +127,16 @@ def _choose_shards(
         if SINGLE_FILE in files:
             present = [SINGLE_FILE]
         elif not present:
-            remedy = "Give a folder with model.safetensors or an index and its shards; convert other formats first."
-            problems.append(Problem(folder.uri, _what_instead(files), remedy))
+            problems.append(_other_format(folder, files))
         return None, [files[name] for name in present]
     where = folder.path(INDEX_FILE)
     try:
         weight_map = parse_index(_read_bounded(folder, files[INDEX_FILE]))
-    except (IndexFormatError, OSError) as error:
+    except IndexFormatError as error:
         problems.append(Problem(where, str(error), _DOWNLOAD_AGAIN))
+        return None, []
+    except OSError as error:
+        problems.append(Problem(where, f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
         return None, []
     named = sorted(set(weight_map.values()))
     for name in named:
@@ -127,16 +152,27 @@ def _choose_shards(
     return weight_map, [files[name] for name in named if name in files]
 
 
-def _what_instead(files: dict[str, FileState]) -> str:
-    for suffix, kind in (
-        (".bin", "pickled PyTorch weights"),
-        (".pt", "pickled PyTorch weights"),
-        (".gguf", "GGUF weights"),
-    ):
-        found = next((name for name in files if name.endswith(suffix)), None)
+def _unreachable(folder: PosixFolder) -> list[Problem]:
+    """What stands where a file of the model should be: links that lead nowhere, and folders."""
+    problems = [
+        Problem(folder.path(name), f"is a link to {leads_to}, where no file can be reached", _RELINK)
+        for name, leads_to in folder.broken_links().items()
+        if is_sidecar(name) or name.endswith((".safetensors", INDEX_FILE, MANIFEST_FILE))
+    ]
+    expected = (INDEX_FILE, SINGLE_FILE, "config.json", MANIFEST_FILE)
+    is_folder = "is a folder, but the model's file of this name is wanted"
+    return problems + [
+        Problem(folder.path(name), is_folder, _DOWNLOAD_AGAIN) for name in expected if os.path.isdir(folder.path(name))
+    ]
+
+
+def _other_format(folder: PosixFolder, files: dict[str, FileState]) -> Problem:
+    for suffixes, kind, remedy in _OTHER_FORMATS:
+        found = next((name for name in files if name.endswith(suffixes)), None)
         if found:
-            return f"holds {kind} ({found}) and no safetensors files"
-    return "holds no safetensors files"
+            return Problem(folder.uri, f"holds {kind} ({found}) and no safetensors files", remedy)
+    remedy = "Give a folder with model.safetensors or an index and its shards; convert other formats first."
+    return Problem(folder.uri, "holds no safetensors files", remedy)
 
 
 def _load_header(folder: PosixFolder, file: FileState) -> tuple[Header, int, bytes] | Problem:
@@ -157,8 +193,21 @@ def _load_header(folder: PosixFolder, file: FileState) -> tuple[Header, int, byt
     except HeaderError as error:
         return Problem(where, error.what, _DOWNLOAD_AGAIN, error.tensor)
     except OSError as error:
-        return Problem(where, f"cannot be read: {error.strerror or error}", "Check its permissions and its storage.")
+        return Problem(where, f"cannot be read: {error.strerror or error}", _CHECK_ACCESS)
     return header, data_start, blake3(f"{file.name}\0{file.size}\0".encode()).update(raw).update(data).digest()
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints have the same files of weights, byte for byte.
+
+    Other fingerprints tell them apart at once; only those with the same one are read, up to the first difference.
+    Raises OSError.
+    """
+    if one.uri == other.uri:
+        return True
+    return one.fingerprint == other.fingerprint and all(
+        same_bytes(os.path.join(one.uri, file.name), os.path.join(other.uri, file.name)) for file in one.weight_files
+    )
 
 
 def _check_index(folder: PosixFolder, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> list[Problem]:
@@ -183,7 +232,10 @@ def _read_json(
         return None
     try:
         document = json.loads(_read_bounded(folder, files[name]))
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        problems.append(Problem(folder.path(name), f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
+        return None
+    except (ValueError, RecursionError) as error:
         problems.append(Problem(folder.path(name), f"is not readable JSON: {error}", _DOWNLOAD_AGAIN))
         return None
     if not isinstance(document, dict):

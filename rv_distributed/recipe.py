@@ -48,6 +48,26 @@ class Recipe:
                 if not math.isfinite(alpha) or not math.isfinite(as_float32(alpha)):
                     raise UsageError(f"alpha {alpha} is not a finite float32")
 
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The vectors that some output gets, by their index: those whose alpha is not always 0."""
+        return tuple(
+            number
+            for number in range(len(self.vectors))
+            if self.target is None or any(as_float32(row[number]) != 0.0 for row in self.alphas)
+        )
+
+    @property
+    def frame(self) -> str:
+        """The checkpoint that gives names, shapes and small files: the target, or the donor of an extract."""
+        return self.target if self.target is not None else self.vectors[0].plus
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The checkpoints that are used, in the order of their roles, each once."""
+        names = [self.target] + [name for n in self.used for name in (self.vectors[n].plus, self.vectors[n].minus)]
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
 
 def show_alpha(alpha: float) -> str:
     """The shortest decimal that is ``alpha`` in float32: 0.7, not 0.699999988."""

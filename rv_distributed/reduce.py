@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 
 from blake3 import blake3
 
-from rv_distributed.checkpoint.card import build_card, model_name
+from rv_distributed.checkpoint.card import build_card, license_fields, model_name
 from rv_distributed.checkpoint.index import INDEX_FILE, build_index
 from rv_distributed.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -39,8 +39,10 @@ from rv_distributed.recipe import show_alpha
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging import Staging
 from rv_distributed.storage import open_folder
+from rv_distributed.storage.publish import create, make_folder
 
 _CARD_FILE = "README.md"
+_MAX_CARD_BYTES = 1_000_000
 
 
 class Reducer:
@@ -103,8 +105,8 @@ class Reducer:
 
     def _write(self, name: str, data: bytes) -> FileEntry:
         path = os.path.join(self._staging.folder, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
+        make_folder(os.path.dirname(path))
+        with open(path, "wb", opener=create) as file:
             file.write(data)
         return FileEntry(name, len(data), blake3(data).hexdigest())
 
@@ -203,14 +205,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _license_of(checkpoint: Checkpoint) -> str | None:
+def _license_of(checkpoint: Checkpoint) -> dict[str, str]:
     """The licence in the metadata of a checkpoint's own model card, if it has one."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
+    path = os.path.join(checkpoint.uri, _CARD_FILE)
     try:
-        found = metadata_load(os.path.join(checkpoint.uri, _CARD_FILE)) or {}
-    except (OSError, ValueError, YAMLError):
-        return None
-    license_name = found.get("license")
-    return license_name if isinstance(license_name, str) else None
+        if os.path.getsize(path) > _MAX_CARD_BYTES:
+            return {}
+        return license_fields(metadata_load(path) or {})
+    except (OSError, ValueError, RecursionError, YAMLError):
+        return {}

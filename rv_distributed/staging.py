@@ -20,7 +20,18 @@ from blake3 import blake3
 from rv_distributed.errors import OutputError
 from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
-from rv_distributed.storage.publish import locked, preallocate, publish, recover, remove, sync, write_durably
+from rv_distributed.storage.places import staging_folder
+from rv_distributed.storage.publish import (
+    create,
+    locked,
+    make_folder,
+    preallocate,
+    publish,
+    recover,
+    remove,
+    sync,
+    write_durably,
+)
 
 _LOCK: Final = "lock"
 _READ_BYTES: Final = 8 << 20
@@ -43,7 +54,7 @@ class Staging:
         self._replaced = os.path.join(self._work, "replaced")
         self._closing = ExitStack()
         try:
-            os.makedirs(self._work, exist_ok=True)
+            make_folder(self._work)
         except OSError as error:
             raise OutputError(f"{self._work} cannot be made: {error.strerror}. Check the output's folder.") from error
         with ExitStack() as stack:
@@ -52,7 +63,7 @@ class Staging:
             if os.path.lexists(self.out) and not overwrite:
                 raise OutputError(f"{self.out} already exists. Give another --out, or --overwrite to replace it.")
             self.folder = self._claim(identity, restart)
-            self._journal = stack.enter_context(open(self._journal_path, "a+", encoding="utf-8"))
+            self._journal = stack.enter_context(open(self._journal_path, "a+", encoding="utf-8", opener=create))
             # A record that a crash tore must not take the next one with it.
             self._journal.write("\n")
             self._closing = stack.pop_all()
@@ -88,7 +99,7 @@ class Staging:
             name = f"output-{secrets.token_hex(6)}"
             write_durably(path, json.dumps({"folder": name, "identity": identity}, indent=2).encode())
         folder = os.path.join(self._work, os.path.basename(name))
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         return folder
 
     def _empty(self) -> None:
@@ -180,12 +191,6 @@ class Staging:
     def close(self) -> None:
         """Let go of the place; what is in it stays for the next run."""
         self._closing.close()
-
-
-def staging_folder(out: str) -> str:
-    """Where the output ``out`` is made."""
-    parent, name = os.path.split(os.path.abspath(out))
-    return os.path.join(parent, f".{name}.rv")
 
 
 def _check(text: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from rv_distributed.checkpoint.manifest import Manifest
+from rv_distributed.errors import one_line, redacted
 
 TAGS: Final = ("merge", "task-arithmetic", "reasoning-vector")
 _CACHE_FOLDER: Final = re.compile(r"/models--([^/]+)/snapshots/")
@@ -20,12 +21,21 @@ def model_name(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
-def build_card(manifest: Manifest, names: Mapping[str, str], license_name: str | None) -> str:
-    """The card as Markdown; ``names`` gives a model name for the URI of every input."""
+def license_fields(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a card's metadata says of the licence; the Hub reads a licence called ``other`` in the last two."""
+    fields = ((name, metadata.get(name)) for name in ("license", "license_name", "license_link"))
+    return {name: redacted(value) for name, value in fields if isinstance(value, str)}
+
+
+def build_card(manifest: Manifest, names: Mapping[str, str], licence: Mapping[str, str]) -> str:
+    """The card as Markdown; ``names`` gives a model name for the URI of every input, ``licence`` is the
+    `license_fields` of the model whose files go with the output."""
     from huggingface_hub import ModelCardData
 
+    names = {uri: one_line(" ".join(name.splitlines())) for uri, name in names.items()}
     base_models = list(dict.fromkeys(names[item.uri] for item in manifest.inputs))
-    metadata = ModelCardData(base_model=base_models, tags=list(TAGS), license=license_name, library_name="transformers")
+    fields: Any = licence
+    metadata = ModelCardData(base_model=base_models, tags=list(TAGS), library_name="transformers", **fields)
     kind = "A reasoning vector" if manifest.operation == "extract" else "A model with a reasoning vector added"
     rows = [
         f"| {item.role} | {_cell(names[item.uri])} | {item.revision or ''} | `{item.fingerprint[:23]}…` |"
@@ -59,4 +69,4 @@ def build_card(manifest: Manifest, names: Mapping[str, str], license_name: str |
 
 def _cell(text: str) -> str:
     """Text for a table cell: inputs' names are shown, never interpreted."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", " ".join(text.splitlines()))
+    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", text)

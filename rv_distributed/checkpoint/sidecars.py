@@ -6,22 +6,11 @@ import re
 from pathlib import PurePosixPath
 from typing import Final
 
-_WEIGHT_SUFFIXES: Final = frozenset(
-    {
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-        ".npz",
-        ".distcp",
-    }
-)
+#: Weights of other formats: copied, they would be another model's beside the new one, and a pickle runs code.
+_PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".nemo", ".distcp"})
+_FROM_JAX_AND_KERAS: Final = frozenset({".h5", ".hdf5", ".keras", ".msgpack", ".pb", ".tflite", ".npy", ".npz"})
+_FOR_INFERENCE: Final = frozenset({".onnx", ".onnx_data", ".gguf", ".ggml", ".ot", ".mlmodel", ".pte", ".engine"})
+_WEIGHT_SUFFIXES: Final = {".safetensors", ".pdparams"} | _PICKLES | _FROM_JAX_AND_KERAS | _FOR_INFERENCE
 _OWN_NAMES: Final = frozenset({"rv_manifest.json", "rv_tensors.parquet", "rv_recipe.yaml", "README.md"})
 _LEFT_OUT_FOLDERS: Final = frozenset({".git", ".cache", "__pycache__"})
 _DTYPE_FIELD: Final = re.compile(rb'("(?:torch_dtype|dtype)"\s*:\s*")(?:float32|bfloat16|float16)(")')

@@ -12,7 +12,8 @@ import typer
 
 from rv_distributed import __version__
 from rv_distributed.cli import bench, demo, inspect, merge, verify
-from rv_distributed.errors import InputError, Interrupted, RunError, RvError, VerifyError
+from rv_distributed.cli.terminal import say, warn
+from rv_distributed.errors import InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
 app = typer.Typer(
     name="rv",
@@ -38,7 +39,7 @@ def _root(
     version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
 ) -> None:
     if version:
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -75,7 +76,9 @@ def report(error: RvError) -> int:
     """Print an error, as JSON too where that was asked for, and return its exit status."""
     hint = "\nNothing that was finished is lost: run the same command again to resume."
     resumable = isinstance(error, (Interrupted, RunError))
-    print(f"rv: {error}{hint if resumable else ''}", file=sys.stderr)
+    # The errors with lists have a line for each entry; in the others, a line end came with a name.
+    text = str(error) if isinstance(error, (InputError, VerifyError)) else one_line(str(error))
+    warn(f"rv: {text}{hint if resumable else ''}")
     if "--json" in sys.argv[1:]:
         more: dict[str, object] = {}
         if isinstance(error, InputError):
@@ -94,7 +97,7 @@ def report(error: RvError) -> int:
 def print_error(kind: str, message: str, status: int, **more: object) -> None:
     """Print the JSON document of an error."""
     error = {"type": kind, "message": message, "exit_status": status}
-    print(json.dumps({"schema_version": 1, "status": "error", "error": error, **more}, indent=2))
+    say(json.dumps({"schema_version": 1, "status": "error", "error": error, **more}, indent=2))
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rv_distributed.cli.options import Json
+from rv_distributed.cli.terminal import say
 from rv_distributed.cli.units import parse_bytes, show_bytes, show_seconds
 from rv_distributed.errors import UsageError
 
@@ -34,7 +35,7 @@ def bench(path: Folder, size: Size = "1GiB", plan: PlanFile = None, json: Json =
     predicted = speed.predict_s(*moved) if moved is not None else None
     if json:
         document = {"schema_version": 1, "status": "measured", "path": path, "bytes_per_s": asdict(speed)}
-        print(jsonlib.dumps({**document, "predicted_s": predicted}, indent=2))
+        say(jsonlib.dumps({**document, "predicted_s": predicted}, indent=2))
         return
     rows = [
         ("write", speed.write, "flushed to the device"),
@@ -42,9 +43,9 @@ def bench(path: Folder, size: Size = "1GiB", plan: PlanFile = None, json: Json =
         ("read again", speed.cached_read, "from the page cache"),
         ("both", speed.mixed, "in all, reading three bytes for one written"),
     ]
-    print("\n".join(f"{label:>10}  {show_bytes(rate) + '/s':<11} {note}" for label, rate, note in rows))
+    say("\n".join(f"{label:>10}  {show_bytes(rate) + '/s':<11} {note}" for label, rate, note in rows))
     if predicted is not None:
-        print(f"{'the plan':>10}  {show_seconds(predicted)} with inputs that are not in the page cache")
+        say(f"{'the plan':>10}  {show_seconds(predicted)} with inputs that are not in the page cache")
 
 
 def _moved(path: str) -> tuple[int, int]:

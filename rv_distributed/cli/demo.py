@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rv_distributed.cli.terminal import say
 from rv_distributed.cli.units import show_bytes, show_count, show_seconds
 from rv_distributed.errors import OutputError, RunError
 
@@ -46,6 +47,6 @@ def demo(
         f"All of it lies in {folder}, done in {show_seconds(time.monotonic() - began)}. Look at it with",
         f"  rv inspect {folder}/transferred",
     ]
-    print("\n".join(lines))
+    say("\n".join(lines))
     if not made.same_bytes:
         raise RunError("extract and apply gave other bytes than transfer")

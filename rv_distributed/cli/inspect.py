@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rv_distributed.cli import options as opt
+from rv_distributed.cli.terminal import say
 from rv_distributed.cli.units import show_bytes, show_count
+from rv_distributed.errors import one_line
 
 if TYPE_CHECKING:
     from rv_distributed.checkpoint.model import Checkpoint
@@ -28,7 +30,7 @@ def inspect(
     from rv_distributed.opening import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    print(jsonlib.dumps(_document(opened), indent=2) if json else _text(opened))
+    say(jsonlib.dumps(_document(opened), indent=2) if json else _text(opened))
 
 
 def _document(opened: Checkpoint) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def _text(opened: Checkpoint) -> str:
     if opened.manifest is not None:
         rows += _made_by(opened.manifest)
     rows += [("warning", warning) for warning in opened.warnings]
-    return "\n".join(f"{label:>11}  {text}" for label, text in rows)
+    return "\n".join(f"{label:>11}  {one_line(text)}" for label, text in rows)
 
 
 def _made_by(document: Any) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rv_distributed.cli.terminal import warn
 from rv_distributed.cli.units import show_bytes, show_seconds
 from rv_distributed.job import Job, Progress, ProgressCallback
 
@@ -55,10 +56,8 @@ class _Lines:
         self._last = now
         speed = progress.bytes_written / max(now - self._began, 1e-9)
         left = (progress.bytes_total - progress.bytes_written) / max(speed, 1e-9)
-        print(
+        warn(
             f"{progress.bytes_written / max(1, progress.bytes_total):4.0%}  "
             f"{show_bytes(progress.bytes_written)} of {show_bytes(progress.bytes_total)} written, "
-            f"{show_bytes(speed)}/s, {show_seconds(left)} left",
-            file=sys.stderr,
-            flush=True,
+            f"{show_bytes(speed)}/s, {show_seconds(left)} left"
         )

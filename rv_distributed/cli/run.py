@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,38 +13,43 @@ from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.cli.options import Common
 from rv_distributed.cli.progress import progress_display
+from rv_distributed.cli.terminal import say, warn
 from rv_distributed.cli.units import show_bytes, show_count, show_seconds
-from rv_distributed.errors import RunError
+from rv_distributed.errors import RunError, one_line
 from rv_distributed.job import Job, prepare
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import formula
+from rv_distributed.storage.places import Room
 
 
 def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
     """Prepare, show the plan, run, show what became of it. Raises whatever the library raises."""
-    say = not (common.json or common.quiet)
+    talks = not (common.json or common.quiet)
     began = time.monotonic()
     job = prepare(recipe, outs, common.plan_options(), common.run_options())
     for warning in job.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if say:
-        print(plan_summary(job), flush=True)
+        warn(f"warning: {one_line(warning)}")
+    if talks:
+        say(plan_summary(job))
     job.check_space()
     if common.dry_run:
         if common.json:
-            print(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))
+            say(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))
         return
     with progress_display(job, shown=not common.quiet) as show:
         try:
             manifests = job.run(show)
         except OSError as error:
             raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
-    if say:
-        print(closing_summary(job, manifests, time.monotonic() - began))
+    zero = zero_vectors(job, manifests)
+    for warning in zero:
+        warn(f"warning: {one_line(warning)}")
+    if talks:
+        say(closing_summary(job, manifests, time.monotonic() - began))
     if common.json:
         outputs = [{"path": out, "manifest": asdict(m)} for out, m in zip(job.outs, manifests, strict=True)]
         document = {"schema_version": 1, "status": "done", "plan": plan_document(job), "outputs": outputs}
-        print(json.dumps(document, indent=2))
+        say(json.dumps({**document, "warnings": zero}, indent=2))
 
 
 def plan_summary(job: Job) -> str:
@@ -56,13 +60,13 @@ def plan_summary(job: Job) -> str:
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
     rows += [("output", out) for out in job.outs]
-    shards, pieces = len(job.plan.shards), len(job.plan.pieces)
+    shards, pieces, rooms = len(job.plan.shards), len(job.plan.pieces), job.rooms
     each = " each" if len(job.outs) > 1 else ""
     rows += [
         ("tensors", _tensors(job)),
         ("read", show_bytes(job.bytes_in)),
         ("write", f"{show_bytes(job.bytes_out)}, in {_plural(shards, 'file')} and {_plural(pieces, 'piece')}{each}"),
-        ("free disk", show_bytes(job.free_bytes())),
+        ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms)),
         ("runtime", _runtime(job)),
     ]
     others = [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]
@@ -74,7 +78,11 @@ def plan_summary(job: Job) -> str:
         rows.append(
             ("left out", f"{_plural(len(job.plan.left_out), 'tensor')} with no place in the output: {names}{more}")
         )
-    return "\n".join(f"{label:>10}  {text}" for label, text in rows)
+    return "\n".join(f"{label:>10}  {one_line(text)}" for label, text in rows)
+
+
+def _room(room: Room, count: int) -> str:
+    return show_bytes(room.free) + (f" at {room.folder}" if count > 1 else "")
 
 
 def _tensors(job: Job) -> str:
@@ -114,7 +122,7 @@ def plan_document(job: Job) -> dict[str, Any]:
         "pieces": len(job.plan.pieces),
         "bytes_read": job.bytes_in,
         "bytes_written": job.bytes_out,
-        "free_bytes": job.free_bytes(),
+        "storage": [room._asdict() for room in job.rooms],
         "runtime": job.runtime,
         "buffer_bytes": job.sizing.buffer_bytes,
         "warnings": list(job.warnings),
@@ -141,8 +149,18 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], seconds: float) -> 
     if timings.pieces_kept:
         lines.append(f"{timings.pieces_kept} of {timings.pieces} pieces kept from an earlier run")
     for out, manifest in zip(job.outs, manifests, strict=True):
-        lines += [out, f"    {_measures(manifest)}"]
+        lines += [one_line(out), f"    {_measures(manifest)}"]
     return "\n".join(lines)
+
+
+def zero_vectors(job: Job, manifests: Sequence[Manifest]) -> list[str]:
+    """A warning for every output whose vector was zero in all tensors that were computed."""
+    again = "Check that donor and reference are the checkpoints that you mean."
+    return [
+        f"{out}: the vector was zero in all {_plural(manifest.totals.combined, 'computed tensor')}. {again}"
+        for out, manifest in zip(job.outs, manifests, strict=True)
+        if manifest.totals.combined and manifest.totals.v_max == 0
+    ]
 
 
 def _measures(manifest: Manifest) -> str:

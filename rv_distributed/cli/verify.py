@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from rv_distributed.cli import options as opt
+from rv_distributed.cli.terminal import say
 from rv_distributed.cli.units import show_bytes, show_seconds
+from rv_distributed.errors import one_line
 
 
 def verify(
@@ -32,7 +34,7 @@ def verify(
     seconds = time.monotonic() - began
     nbytes = sum(shard.bytes for shard in manifest.shards) + sum(file.bytes for file in manifest.files)
     if json:
-        print(jsonlib.dumps({"schema_version": 1, "status": "verified", "path": out, "bytes": nbytes}, indent=2))
+        say(jsonlib.dumps({"schema_version": 1, "status": "verified", "path": out, "bytes": nbytes}, indent=2))
     elif not quiet:
         files = len(manifest.shards) + len(manifest.files)
-        print(f"{out}: {files} files, {show_bytes(nbytes)}, all as written ({show_seconds(seconds)})")
+        say(f"{one_line(out)}: {files} files, {show_bytes(nbytes)}, all as written ({show_seconds(seconds)})")

@@ -1,6 +1,7 @@
 """Planning: pure functions from opened checkpoints to a `Plan`. No I/O, no torch, no ray."""
 
 from rv_distributed.plan.build import PlanOptions, make_plan
+from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, task_of
 from rv_distributed.plan.model import Operand, Piece, PieceTask, Plan, PlannedInput, ShardPlan, Span, TensorPlan
 
@@ -18,5 +19,6 @@ __all__ = [
     "TensorPlan",
     "cut_pieces",
     "make_plan",
+    "misfits",
     "task_of",
 ]

@@ -15,6 +15,7 @@ from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
 from rv_distributed.errors import InputError, Problem, UsageError
+from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
 from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
 from rv_distributed.recipe import Recipe, as_float32
@@ -51,6 +52,10 @@ class PlanOptions:
             except re.error as error:
                 raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
 
+    @property
+    def is_selective(self) -> bool:
+        return self.include is not None or self.exclude is not None
+
     def selects(self, name: str) -> bool:
         """Whether a tensor of this name gets the vectors."""
         return (self.include is None or re.search(self.include, name) is not None) and (
@@ -74,14 +79,14 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     alphas = tuple(tuple(as_float32(alpha) for alpha in row) for row in recipe.alphas)
     pairs = [
         _Pair(number, opened[vector.plus], opened[vector.minus] if vector.minus is not None else None)
-        for number, vector in enumerate(recipe.vectors)
-        if recipe.target is None or any(row[number] != 0.0 for row in alphas)
+        for number, vector in ((number, recipe.vectors[number]) for number in recipe.used)
     ]
-    frame = opened[recipe.target if recipe.target is not None else recipe.vectors[0].plus]
+    frame = opened[recipe.frame]
     extracting = recipe.target is None
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
 
-    problems: list[Problem] = []
+    selects = options.selects if options.is_selective else None
+    problems = misfits([opened[name] for name in recipe.inputs], selects) if pairs else []
     left_out = _only_elsewhere(frame, pairs)
     planned: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
     for name, tensor in frame.tensors.items():
@@ -93,7 +98,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype else "cast"
         planned.append((name, tensor, rule, dtype, operands, why))
     if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
-        if options.include is not None or options.exclude is not None:
+        if options.is_selective:
             raise UsageError("--include and --exclude leave no tensor to compute")
         others = dict.fromkeys(
             c.uri for pair in pairs for c in (pair.plus, pair.minus) if c is not None and c is not frame

@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rv_distributed.errors import RunError, RvError, UsageError, WorkerError
+from rv_distributed.errors import RunError, RvError, UsageError, WorkerError, redacted
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
 from rv_distributed.runtime.select import usable_cpus
@@ -90,7 +90,7 @@ class RayRuntime:
         """Connect. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
         if self._address.startswith(("http://", "https://")):
             raise UsageError(
-                f"{self._address} is the address of a job server; give the cluster's, as host:port or auto"
+                f"{redacted(self._address)} is the address of a job server; give the cluster's, as host:port or auto"
             )
         self._started = not ray.is_initialized()
         try:
@@ -140,8 +140,8 @@ class RayRuntime:
             with _own_sigterm():
                 ray.init(address=self._address or "local", **common, **({} if self._address else here))
         except (ConnectionError, RuntimeError, ValueError) as error:
-            where = self._address or "this machine"
-            raise UsageError(f"no Ray cluster could be reached at {where}: {error}") from error
+            where = redacted(self._address) or "this machine"
+            raise UsageError(f"no Ray cluster could be reached at {where}: {redacted(str(error))}") from error
 
 
 @contextmanager

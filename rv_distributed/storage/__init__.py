@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from urllib.parse import unquote
 
-from rv_distributed.errors import UsageError
+from rv_distributed.errors import UsageError, redacted
 from rv_distributed.storage.posix import PosixFolder, is_text
 
 
@@ -16,8 +16,11 @@ def local_path(uri: str | os.PathLike[str]) -> str:
     if "://" in uri:
         scheme, rest = uri.split("://", 1)
         if scheme != "file":
-            raise UsageError(f"{uri}: this version has no storage for {scheme}://; give a local or mounted path")
-        uri = unquote(rest)
+            shown = redacted(uri)
+            raise UsageError(f"{shown}: this version has no storage for {scheme}://; give a local or mounted path")
+        if not rest.removeprefix("localhost").startswith("/"):
+            raise UsageError(f"{redacted(uri)} names another machine; write file:///path, or the path alone")
+        uri = unquote(rest.removeprefix("localhost"))
     path = os.path.abspath(os.path.expanduser(uri))
     if not is_text(path):
         raise UsageError(f"{path!r} is not UTF-8; rename it, or reach it by another path")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISREG
+from typing import Final
 
 from rv_distributed.checkpoint.model import FileState
 from rv_distributed.errors import InputError, Problem
+
+_SNAPSHOT: Final = re.compile(r"(?P<repository>(?P<cache>.*)/models--[^/]+)/snapshots/[^/]+/")
+#: What huggingface_hub puts into the folder of the blobs that the repositories of a cache share.
+_SHARED_BLOBS_MARKER: Final = ".huggingface-shared-blobs"
+_COMPARED_BYTES: Final = 8 << 20
 
 
 class PosixFolder:
@@ -24,23 +32,44 @@ class PosixFolder:
         if not os.path.isdir(self.uri):
             what = "is a file, not a folder" if os.path.exists(self.uri) else "does not exist"
             raise InputError([Problem(self.uri, what, "Give the folder of a checkpoint.")])
-        try:
-            return sorted(self._walk(""))
-        except OSError as error:
-            raise InputError(
-                [Problem(self.uri, f"cannot be listed: {error.strerror}", "Check its permissions.")]
-            ) from error
+        found = []
+        for name in self._names():
+            stat = _stat(self.path(name))
+            if stat is not None and S_ISREG(stat.st_mode):
+                found.append(FileState(name, stat.st_size, state_of(stat)))
+        return sorted(found)
 
-    def _walk(self, prefix: str) -> Iterator[FileState]:
+    def broken_links(self) -> dict[str, str]:
+        """The links below the folder that lead to nothing in reach, and what they name. Raises as `files`."""
+        paths = {name: self.path(name) for name in self._names()}
+        return {name: os.readlink(path) for name, path in paths.items() if os.path.islink(path) and _stat(path) is None}
+
+    def leads_elsewhere(self, name: str) -> str | None:
+        """Where a file really lies, when that is neither in this folder nor, for a snapshot in a Hugging Face
+        cache, among the blobs of the same repository or those that the cache's repositories share."""
+        real, folder = os.path.realpath(self.path(name)), os.path.realpath(self.uri)
+        own = [folder]
+        if cached := _SNAPSHOT.match(folder + "/"):
+            own.append(f"{cached['repository']}/blobs")
+            if os.path.isfile(f"{cached['cache']}/blobs/{_SHARED_BLOBS_MARKER}"):
+                own.append(f"{cached['cache']}/blobs")
+        return None if any(os.path.commonpath([real, place]) == place for place in own) else real
+
+    def _names(self) -> list[str]:
+        try:
+            return list(self._walk(""))
+        except OSError as error:
+            what = f"cannot be listed: {error.strerror}"
+            raise InputError([Problem(str(error.filename or self.uri), what, "Check its permissions.")]) from error
+
+    def _walk(self, prefix: str) -> Iterator[str]:
         with os.scandir(Path(self.uri, prefix)) as entries:
             for entry in entries:
-                name = prefix + entry.name
-                if entry.is_dir():
-                    # A linked folder may lead back to itself; checkpoints have no use for one.
-                    if not entry.is_symlink() and entry.name not in (".git", ".cache", "__pycache__"):
-                        yield from self._walk(name + "/")
-                elif entry.is_file():
-                    yield FileState(name, entry.stat().st_size, state_of(entry.stat()))
+                # A linked folder may lead back to itself; checkpoints have no use for one.
+                if not entry.is_dir(follow_symlinks=False):
+                    yield prefix + entry.name
+                elif entry.name not in (".git", ".cache", "__pycache__"):
+                    yield from self._walk(f"{prefix}{entry.name}/")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes ``start`` to ``stop`` (or the end) of a file; fewer when the file ends before ``stop``."""
@@ -71,6 +100,28 @@ def is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def same_bytes(path: str, other: str) -> bool:
+    """Whether two files hold the same bytes; read up to the first difference. Raises OSError."""
+    if os.path.samefile(path, other):
+        return True
+    with open(path, "rb") as one, open(other, "rb") as two:
+        if os.fstat(one.fileno()).st_size != os.fstat(two.fileno()).st_size:
+            return False
+        while True:
+            chunk = one.read(_COMPARED_BYTES)
+            if chunk != two.read(_COMPARED_BYTES):
+                return False
+            if not chunk:
+                return True
 
 
 def state_of(stat: os.stat_result) -> str:

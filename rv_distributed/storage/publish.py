@@ -15,13 +15,31 @@ from contextlib import contextmanager
 from rv_distributed.errors import OutputError
 
 
+def create(path: str, flags: int) -> int:
+    """Open a file, with the umask's permissions if it is new, but never writable for everyone: what is staged is
+    checked and then trusted. An ``opener`` for `open`."""
+    return os.open(path, flags, 0o664)
+
+
+def make_folder(path: str) -> None:
+    """Make a folder, and those above it that are missing, with such permissions."""
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path) or os.curdir)
+        try:
+            os.mkdir(path, 0o775)
+        except FileExistsError:
+            # Another process was quicker, unless it is a file.
+            if not os.path.isdir(path):
+                raise
+
+
 def preallocate(path: str, size: int) -> None:
     """Create ``path`` with ``size`` bytes of reserved space, or extend it; contents are kept.
 
     Raises OSError, with ENOSPC when the space is not there; then a new file is taken away again.
     """
     is_new = not os.path.exists(path)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = create(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         if os.fstat(fd).st_size != size:
             os.ftruncate(fd, size)
@@ -49,7 +67,7 @@ def _fallocate(fd: int, size: int) -> None:
 
 def write_durably(path: str, data: bytes) -> None:
     """Write a whole file, all of it or nothing, and return once it is on the device."""
-    with open(path + ".new", "wb") as file:
+    with open(path + ".new", "wb", opener=create) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -112,7 +130,7 @@ def locked(path: str, *, subject: str) -> Iterator[None]:
 def _lock(path: str, subject: str) -> int:
     """The locked file; opened again when its last holder deleted it in between."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = create(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):

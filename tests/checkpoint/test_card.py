@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 
-from rv_distributed.checkpoint.card import TAGS, build_card, model_name
+from rv_distributed.checkpoint.card import TAGS, build_card, license_fields, model_name
 from rv_distributed.checkpoint.manifest import InputEntry, Manifest, Timings, Totals
 
 
@@ -52,7 +52,7 @@ def cells(card: str) -> list[list[str]]:
 
 
 def test_the_hub_reads_the_metadata_back(tmp_path: Path) -> None:
-    card = build_card(manifest("target", "donor", "reference"), NAMES, "apache-2.0")
+    card = build_card(manifest("target", "donor", "reference"), NAMES, {"license": "apache-2.0"})
     assert metadata_of(card, tmp_path) == {
         "base_model": ["org/target", "org/donor"],
         "library_name": "transformers",
@@ -61,12 +61,31 @@ def test_the_hub_reads_the_metadata_back(tmp_path: Path) -> None:
     }
 
 
+OTHER = {"license": "other", "license_name": "qwen-research", "license_link": "LICENSE"}
+
+
+def test_a_licence_of_its_own_keeps_its_name_and_its_link(tmp_path: Path) -> None:
+    made = metadata_of(build_card(manifest("target"), NAMES, license_fields({**OTHER, "tags": ["x"]})), tmp_path)
+    assert {name: made[name] for name in OTHER} == OTHER
+
+
+def test_what_is_no_text_is_no_licence() -> None:
+    assert license_fields({"license": ["mit"], "license_name": None, "license_link": {"a": 1}}) == {}
+
+
+def test_a_token_in_the_licence_link_stays_behind(tmp_path: Path) -> None:
+    link = "https://user:secret@example.org/LICENSE?token=secret&v=2"
+    card = build_card(manifest("target"), NAMES, license_fields({"license_link": link}))
+    assert metadata_of(card, tmp_path)["license_link"] == "https://***@example.org/LICENSE?token=***&v=2"
+    assert "secret" not in card
+
+
 def test_an_unknown_licence_is_left_out_of_the_metadata(tmp_path: Path) -> None:
-    assert "license" not in metadata_of(build_card(manifest("target"), NAMES, None), tmp_path)
+    assert "license" not in metadata_of(build_card(manifest("target"), NAMES, {}), tmp_path)
 
 
 def test_the_card_says_what_was_computed_from_what() -> None:
-    card = build_card(manifest("target", "donor"), NAMES, None)
+    card = build_card(manifest("target", "donor"), NAMES, {})
     assert "# A model with a reasoning vector added\n" in card
     assert "\n    target + 0.7·(donor − reference)\n" in card
     assert "9 of 12 tensors were computed in float32 and rounded once; 1 were copied and 2 cast." in card
@@ -80,7 +99,7 @@ def test_the_card_says_what_was_computed_from_what() -> None:
 
 
 def test_a_vectors_card_calls_it_a_vector() -> None:
-    assert "# A reasoning vector\n" in build_card(manifest("donor", operation="extract"), NAMES, None)
+    assert "# A reasoning vector\n" in build_card(manifest("donor", operation="extract"), NAMES, {})
 
 
 def test_a_known_revision_stands_in_its_row() -> None:
@@ -88,7 +107,7 @@ def test_a_known_revision_stands_in_its_row() -> None:
     (entry,) = made.inputs
     known = InputEntry(entry.role, entry.uri, entry.fingerprint, "ab" * 20)
     object.__setattr__(made, "inputs", (known,))
-    assert cells(build_card(made, NAMES, None))[2][2] == "ab" * 20
+    assert cells(build_card(made, NAMES, {}))[2][2] == "ab" * 20
 
 
 HOSTILE = {
@@ -111,11 +130,27 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_licence_is_read_back_as_the_text_that_it_was(text: str, tmp_path: Path) -> None:
+    card = build_card(manifest("target"), NAMES, dict.fromkeys(OTHER, text))
+    metadata = metadata_of(card, tmp_path)
+    assert [metadata[name] for name in OTHER] == [text] * 3
+    assert metadata["base_model"] == ["org/target"]
+
+
+def test_control_characters_in_a_name_are_escaped(tmp_path: Path) -> None:
+    name = "a\x1b[31m\u202eb"
+    card = build_card(manifest("target"), {"/models/target": name}, {})
+    assert metadata_of(card, tmp_path)["base_model"] == [r"a\x1b[31m\u202eb"]
+    assert "\x1b" not in card
+    assert "\u202e" not in card
+
+
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_name_is_shown_and_not_interpreted(name: str, tmp_path: Path) -> None:
-    card = build_card(manifest("target"), {"/models/target": name}, "mit")
+    card = build_card(manifest("target"), {"/models/target": name}, {"license": "mit"})
     metadata = metadata_of(card, tmp_path)
-    assert (metadata["base_model"], metadata["license"]) == ([name], "mit")
+    assert (metadata["base_model"], metadata["license"]) == ([name.replace("\n", " ")], "mit")
     table = cells(card)
     assert [len(row) for row in table] == [4, 4, 4]
     shown = table[2][1]
@@ -129,7 +164,7 @@ LINE_ENDS = ["\r", "\r\n", "\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u
 @pytest.mark.parametrize("end", LINE_ENDS, ids=ascii)
 def test_a_name_with_an_end_of_line_stays_in_its_cell(end: str, tmp_path: Path) -> None:
     name = f"a{end}| b | c | d |{end}# e"
-    card = build_card(manifest("target"), {"/models/target": name}, None)
+    card = build_card(manifest("target"), {"/models/target": name}, {})
     assert cells(card)[2][1] == r"a \| b \| c \| d \| \# e"
     table = card[card.index("| role |") :]
     assert len(table.splitlines()) == len(table.split("\n")) - 1
