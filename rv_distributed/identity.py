@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 from blake3 import blake3
@@ -26,6 +29,7 @@ def identity_of(plan: Plan, output: int) -> dict[str, Any]:
         layout.update(repr(piece).encode())
     return {
         "format": FORMAT,
+        "versions": {name: metadata.version(name) for name in ("rv-distributed", "torch")},
         "operation": plan.operation,
         "alphas": list(plan.alphas[output]),
         "options": dict(plan.options),
@@ -39,3 +43,8 @@ def identity_of(plan: Plan, output: int) -> dict[str, Any]:
         },
         "layout": layout.hexdigest(),
     }
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """The digest under which a manifest keeps the identity of the run that made it."""
+    return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -17,16 +17,16 @@ from typing import Literal
 
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
-from rv_distributed.errors import InputError, OutputError, Problem, UsageError
+from rv_distributed.errors import InputError, OutputError, PieceError, Problem, RunError, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.opening import open_checkpoint, same_weights
 from rv_distributed.plan import Plan, PlanOptions, make_plan, misfits, task_of
 from rv_distributed.recipe import Recipe
-from rv_distributed.reduce import Reducer
+from rv_distributed.reduce import Reducer, check_unchanged
 from rv_distributed.runtime.model import Runtime, WorkerConfig
 from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpus
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to_read, size_buffers
-from rv_distributed.staging import Staging
+from rv_distributed.staging import Staging, published, tidy
 from rv_distributed.storage import local_path, open_folder
 from rv_distributed.storage.places import Room, check_rooms, place_problems, rooms
 
@@ -59,7 +59,6 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     outs = [local_path(out) for out in outs]
     with _collector_paused():
         opened, problems = _open_all(recipe)
-        places = place_problems(outs, opened.values(), overwrite=run_options.overwrite)
         plan = None
         if problems:
             readable = [opened[name] for name in recipe.inputs if name in opened]
@@ -70,6 +69,9 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
                 plan = make_plan(recipe, opened, plan_options)
             except InputError as error:
                 problems += error.problems
+    complete = _complete(plan, outs, run_options) if plan is not None else {}
+    unmade = [out for number, out in enumerate(outs) if number not in complete]
+    places = place_problems(unmade, opened.values(), overwrite=run_options.overwrite)
     if problems or plan is None:
         raise InputError([*problems, *places])
     if places:
@@ -77,7 +79,19 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     runtime = choose_runtime(run_options)
     streams = (run_options.workers or min(16, 2 * usable_cpus())) if runtime == "local" else 2
     sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options))
-    return Job(recipe, opened, plan, tuple(outs), run_options, runtime, sizing)
+    return Job(recipe, opened, plan, tuple(outs), complete, run_options, runtime, sizing)
+
+
+def _complete(plan: Plan, outs: Sequence[str], options: RunOptions) -> dict[int, Manifest]:
+    """The outputs that an earlier run of the same plan has published: by number, with their manifests."""
+    if options.overwrite and options.restart:
+        return {}
+    found = {
+        number: published(out, identity_of(plan, number), overwrite=options.overwrite)
+        for number, out in enumerate(outs)
+        if os.path.lexists(out)
+    }
+    return {number: manifest for number, manifest in found.items() if manifest is not None}
 
 
 @contextmanager
@@ -160,19 +174,26 @@ class Job:
     plan: Plan
     outs: tuple[str, ...]
     """Absolute paths, one an output."""
+    complete: Mapping[int, Manifest]
+    """Outputs that an earlier run of the same command has published, by number: there is nothing to do for them."""
     options: RunOptions
     runtime: Literal["local", "ray"]
     sizing: Sizing
 
     @property
+    def todo(self) -> tuple[int, ...]:
+        """The numbers of the outputs that are to be made."""
+        return tuple(number for number in range(len(self.outs)) if number not in self.complete)
+
+    @property
     def bytes_in(self) -> int:
         """Bytes of tensor data that the run reads."""
-        return bytes_to_read(self.plan)
+        return bytes_to_read(self.plan) if self.todo else 0
 
     @property
     def bytes_out(self) -> int:
         """Bytes of shards that the run writes, in all outputs."""
-        return self.plan.output_bytes * len(self.outs)
+        return self.plan.output_bytes * len(self.todo)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -183,7 +204,7 @@ class Job:
     def rooms(self) -> tuple[Room, ...]:
         """The file systems that the outputs go to, with the room that they take there and the room that there is."""
         sidecars = sum(file.size for file in self.opened[self.recipe.frame].sidecars)
-        return rooms(self.outs, self.plan.output_bytes + sidecars)
+        return rooms([self.outs[number] for number in self.todo], self.plan.output_bytes + sidecars)
 
     def check_space(self) -> None:
         """Raise OutputError when the outputs do not fit."""
@@ -196,19 +217,33 @@ class Job:
         OutputError when an output's place is taken or too small, RunError when the run fails.
         """
         self.check_space()
+        try:
+            made = self._make(progress) if self.todo else {}
+        except PieceError:
+            check_unchanged(self.plan)  # then that is the cause
+            raise
+        except OSError as error:
+            raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
+        # Last of all: until every output is published, each place tells a next run which of them are.
+        for out in self.outs:
+            tidy(out)
+        return tuple((made | dict(self.complete))[number] for number in range(len(self.outs)))
+
+    def _make(self, progress: ProgressCallback | None) -> dict[int, Manifest]:
         with ExitStack() as stack:
             runtime = stack.enter_context(self._runtime())
             stagings = []
-            for number, out in enumerate(self.outs):
+            for number in self.todo:
                 identity = identity_of(self.plan, number)
                 overwrite, restart = self.options.overwrite, self.options.restart
-                staging = Staging(out, identity, overwrite=overwrite, restart=restart)
+                staging = Staging(self.outs[number], identity, overwrite=overwrite, restart=restart)
                 stagings.append(stack.enter_context(closing(staging)))
-            reducers = [Reducer(self.plan, number, staging) for number, staging in enumerate(stagings)]
+            reducers = [Reducer(self.plan, *of) for of in zip(self.todo, stagings, strict=True)]
             kept = self._keep(stagings, reducers)
             timings = self._stream(runtime, stagings, reducers, kept, progress)
             frame = self.opened[self.recipe.frame]
-            return tuple(reducer.commit(frame, self.opened, timings) for reducer in reducers)
+            manifests = [reducer.commit(frame, self.opened, timings) for reducer in reducers]
+        return dict(zip(self.todo, manifests, strict=True))
 
     def _keep(self, stagings: Sequence[Staging], reducers: Sequence[Reducer]) -> set[int]:
         """The pieces that an earlier run finished in all outputs, handed to the reducers; makes room for the rest."""
@@ -230,7 +265,7 @@ class Job:
     ) -> Timings:
         """Run all pieces that are not kept."""
         todo = [piece for piece in self.plan.pieces if piece.number not in kept]
-        bytes_total = sum(piece.stop - piece.start for piece in todo) * len(self.outs)
+        bytes_total = sum(piece.stop - piece.start for piece in todo) * len(stagings)
         bytes_read = bytes_written = 0
         read_s = compute_s = write_s = 0.0
         tasks = (task_of(self.plan, piece) for piece in todo)
@@ -263,7 +298,7 @@ class Job:
     def _worker_config(self, stagings: Sequence[Staging]) -> WorkerConfig:
         return WorkerConfig(
             outputs=tuple(staging.folder for staging in stagings),
-            alphas=self.plan.alphas,
+            alphas=tuple(self.plan.alphas[number] for number in self.todo),
             device=self.options.device,
             streams=self.sizing.streams,
             chunk_bytes=self.sizing.chunk_bytes,

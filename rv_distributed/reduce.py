@@ -33,6 +33,7 @@ from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.sidecars import with_dtype
 from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of, shard_digest, write_table
 from rv_distributed.errors import ChangedError, RunError
+from rv_distributed.identity import identity_digest
 from rv_distributed.measures import largest
 from rv_distributed.plan import Plan, TensorPlan
 from rv_distributed.recipe import show_alpha
@@ -90,6 +91,7 @@ class Reducer:
             options=dict(self._plan.options),
             versions=versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            identity=identity_digest(self._staging.identity),
             shards=self._shards(rows),
             files=tuple(files),
             left_out=tuple(LeftOut(name, why) for name, why in self._plan.left_out),
@@ -99,8 +101,10 @@ class Reducer:
         names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
         card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(frame)).encode())
         manifest = manifest.with_file(card)
-        self._write(MANIFEST_FILE, manifest.to_json())
-        self._staging.publish()
+        entry = self._write(MANIFEST_FILE, manifest.to_json())
+        # Once more, as the small files were read after the first time.
+        check_unchanged(self._plan)
+        self._staging.publish(entry.digest)
         return manifest
 
     def _write(self, name: str, data: bytes) -> FileEntry:

@@ -13,11 +13,13 @@ import secrets
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from blake3 import blake3
 
+from rv_distributed.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_from
 from rv_distributed.errors import OutputError
+from rv_distributed.identity import identity_digest
 from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.storage.places import staging_folder
@@ -34,8 +36,20 @@ from rv_distributed.storage.publish import (
 )
 
 _LOCK: Final = "lock"
+_PLAN: Final = "plan.json"
+_REPLACED: Final = "replaced"
 _READ_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 4
+
+
+class _Held(NamedTuple):
+    """What ``plan.json`` says: what is being made, and where."""
+
+    folder: str
+    """Name of the folder that becomes the output."""
+    identity: Any
+    manifest: str | None = None
+    """Digest of the manifest, once the output is complete and about to be published."""
 
 
 class Staging:
@@ -48,65 +62,60 @@ class Staging:
         when it holds pieces of another plan (without ``restart``).
         """
         self.out = os.path.abspath(out)
+        self.identity = identity
         self._work = staging_folder(self.out)
         self._journal_path = os.path.join(self._work, "records.jsonl")
-        self._overwrite = overwrite
-        self._replaced = os.path.join(self._work, "replaced")
         self._closing = ExitStack()
         try:
             make_folder(self._work)
         except OSError as error:
             raise OutputError(f"{self._work} cannot be made: {error.strerror}. Check the output's folder.") from error
+        if os.stat(self._work).st_dev != os.stat(os.path.dirname(self.out)).st_dev:
+            raise OutputError(
+                f"{self._work} lies on another file system than the output, which one rename publishes. "
+                "Remove it, or give another --out."
+            )
         with ExitStack() as stack:
             stack.enter_context(locked(os.path.join(self._work, _LOCK), subject=self.out))
-            recover(self.out, replaced=self._replaced)
-            if os.path.lexists(self.out) and not overwrite:
+            recover(self.out, replaced=os.path.join(self._work, _REPLACED))
+            self._found = _inode(self.out)
+            if self._found is not None and not overwrite:
                 raise OutputError(f"{self.out} already exists. Give another --out, or --overwrite to replace it.")
-            self.folder = self._claim(identity, restart)
+            self._held = self._claim(restart)
+            self.folder = os.path.join(self._work, self._held.folder)
+            make_folder(self.folder)
             self._journal = stack.enter_context(open(self._journal_path, "a+", encoding="utf-8", opener=create))
             # A record that a crash tore must not take the next one with it.
             self._journal.write("\n")
             self._closing = stack.pop_all()
 
-    def _claim(self, identity: Mapping[str, Any], restart: bool) -> str:
-        """The folder to make the output in: that of the unfinished run, or a new one.
+    def _claim(self, restart: bool) -> _Held:
+        """What the place holds from now on: the unfinished run's folder, or a new one.
 
         Each new one has a name of its own: a worker of an earlier run that was cut off and comes back can never
         write into a later run's files.
         """
-        path = os.path.join(self._work, "plan.json")
-        if os.path.exists(path) and not restart:
-            try:
-                with open(path, encoding="utf-8") as file:
-                    held = json.load(file)
-                name, held_identity = held["folder"], held["identity"]
-            except (ValueError, KeyError, TypeError) as error:
+        held = None if restart else _read_held(self._work)
+        # A run may have published, and been stopped before it could clean up.
+        if (
+            held is not None
+            and os.path.isdir(os.path.join(self._work, held.folder))
+            and not _is_published(self.out, held)
+        ):
+            if held.identity != json.loads(json.dumps(self.identity)):
+                difference = _difference(held.identity, self.identity)
                 raise OutputError(
-                    f"{path}: what an unfinished run was making cannot be read ({error!r}). "
-                    "Give --restart to throw its pieces away."
-                ) from None
-            if not os.path.isdir(os.path.join(self._work, os.path.basename(name))):
-                # That run published, and was stopped before it could clean up.
-                return self._claim(identity, restart=True)
-            if held_identity != json.loads(json.dumps(identity)):
-                difference = _difference(held_identity, identity)
-                raise OutputError(
-                    f"{self.out}: an unfinished run was begun with other inputs or options ({difference}). "
+                    f"{self.out}: an unfinished run was begun with other inputs, options or versions ({difference}). "
                     "Run that command again to finish it, or give --restart to throw its pieces away."
                 )
-        else:
-            self._empty()
-            name = f"output-{secrets.token_hex(6)}"
-            write_durably(path, json.dumps({"folder": name, "identity": identity}, indent=2).encode())
-        folder = os.path.join(self._work, os.path.basename(name))
-        make_folder(folder)
-        return folder
+            return held
+        _empty(self._work)
+        held = _Held(f"output-{secrets.token_hex(6)}", self.identity)
+        self._note(held)
+        return held
 
-    def _empty(self) -> None:
-        """Remove all but the lock."""
-        for name in os.listdir(self._work):
-            if name != _LOCK:
-                remove(os.path.join(self._work, name))
+    def _note(self, held: _Held) -> None:
+        write_durably(os.path.join(self._work, _PLAN), json.dumps(held._asdict(), indent=2).encode())
 
     def preallocate(self, plan: Plan) -> None:
         """Reserve the space of every shard. Raises OutputError when it is not there."""
@@ -168,29 +177,104 @@ class Staging:
         self._journal.write(f"{_check(text)} {text}\n")
         self._journal.flush()
 
-    def publish(self) -> None:
-        """Flush everything in the staging folder and make it the output, by one rename."""
+    def publish(self, manifest: str) -> None:
+        """Flush everything in the staging folder and make it the output, by one rename.
+
+        ``manifest`` is the digest of its manifest, by which a run that is stopped here is known to have published.
+        Raises OutputError when something else has come into the output's place, and OSError.
+        """
         for folder, _, names in os.walk(self.folder, topdown=False):
             for name in names:
                 sync(os.path.join(folder, name))
             sync(folder)
-        if os.path.lexists(self.out) and not self._overwrite:
-            raise OutputError(f"{self.out} appeared while the run was going on; the finished pieces are kept")
-        publish(self.folder, self.out, replaced=self._replaced)
-        # The output is there: nothing that goes wrong from here on makes the run a failure, and network file
-        # systems keep the names of files that are still open.
-        with suppress(OSError):
-            self._journal.close()
-            self._empty()
-            os.remove(os.path.join(self._work, _LOCK))
-        self.close()
-        with suppress(OSError):
-            os.rmdir(self._work)
-            sync(os.path.dirname(self.out))
+        if _inode(self.out) != self._found:
+            raise OutputError(
+                f"{self.out} was made or replaced by something else during the run. The finished pieces are kept: "
+                "move it away, and run again."
+            )
+        self._note(self._held._replace(manifest=manifest))
+        publish(self.folder, self.out, replaced=os.path.join(self._work, _REPLACED))
 
     def close(self) -> None:
         """Let go of the place; what is in it stays for the next run."""
         self._closing.close()
+
+
+def published(out: str, identity: Mapping[str, Any], *, overwrite: bool) -> Manifest | None:
+    """The manifest of ``out``, when the run that ``identity`` describes has made it and all its files are there.
+
+    With ``overwrite`` only as long as that run has not cleaned up: then it was stopped right after it published, and
+    what it replaced is what was to be overwritten.
+    """
+    try:
+        with open(os.path.join(out, MANIFEST_FILE), "rb") as file:
+            manifest = manifest_from(json.load(file))
+        if manifest.identity != identity_digest(identity):
+            return None
+        if overwrite:
+            held = _read_held(staging_folder(out))
+            if held is None or not _is_published(out, held):
+                return None
+        sizes = {file.name: file.bytes for file in manifest.files} | {file.name: file.bytes for file in manifest.shards}
+        return manifest if all(os.path.getsize(os.path.join(out, name)) == sizes[name] for name in sizes) else None
+    except (OSError, ValueError, RecursionError, OutputError):
+        return None
+
+
+def tidy(out: str) -> None:
+    """Remove what the run that published ``out`` has left beside it. The output is there: nothing that goes wrong here
+    makes the run a failure, and the next one removes what is left."""
+    work = staging_folder(out)
+    if not os.path.isdir(work):
+        return
+    with suppress(OSError, OutputError), locked(os.path.join(work, _LOCK), subject=out):
+        held = _read_held(work)
+        if held is not None and not _is_published(out, held):
+            return  # a later run's pieces
+        _empty(work)
+        os.remove(os.path.join(work, _LOCK))
+    with suppress(OSError):
+        os.rmdir(work)
+        sync(os.path.dirname(work))
+
+
+def _read_held(work: str) -> _Held | None:
+    path = os.path.join(work, _PLAN)
+    try:
+        with open(path, encoding="utf-8") as file:
+            held = _Held(**json.load(file))
+        return held._replace(folder=os.path.basename(held.folder))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{path}: what an unfinished run was making cannot be read ({error!r}). "
+            "Give --restart to throw its pieces away."
+        ) from None
+
+
+def _is_published(out: str, held: _Held) -> bool:
+    """Whether ``out`` is what the place was held for."""
+    try:
+        with open(os.path.join(out, MANIFEST_FILE), "rb") as file:
+            return blake3(file.read()).hexdigest() == held.manifest
+    except OSError:
+        return False
+
+
+def _empty(work: str) -> None:
+    """Remove all but the lock; last of all the plan, which says whether the rest is of use."""
+    for name in sorted(os.listdir(work), key=lambda name: name == _PLAN):
+        if name != _LOCK:
+            remove(os.path.join(work, name))
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        stat = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _check(text: str) -> str:

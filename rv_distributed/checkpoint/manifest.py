@@ -114,6 +114,9 @@ class Manifest:
     versions: Mapping[str, str]
     created: str
     """ISO 8601, UTC."""
+    identity: str
+    """BLAKE3 of all that decided the bytes: inputs with the states of their files, recipe, options, versions. The
+    same command knows its finished output by it."""
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
     left_out: tuple[LeftOut, ...]
@@ -182,7 +185,7 @@ def _one_of(kind: type[_Entry], document: object) -> _Entry:
         sound = isinstance(value, _TYPES.get(str(field.type), (object,))) and not isinstance(value, bool)
         if isinstance(value, int):
             sound = sound and value >= 0
-        if field.name == "digest":
+        if field.name in ("digest", "identity"):
             sound = sound and _HEX.fullmatch(value) is not None
         if not sound:
             raise ManifestError(f"is not a manifest: {field.name} of {kind.__name__} is {value!r:.80}")
@@ -248,6 +251,7 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
             "options": _TEXTS,
             "versions": _TEXTS,
             "created": _TEXT,
+            "identity": _DIGEST,
             "shards": _array(_object({"name": _TEXT, "bytes": _COUNT, "digest": _DIGEST})),
             "files": _array(_object({"name": _TEXT, "bytes": _COUNT, "digest": _DIGEST})),
             "left_out": _array(_object({"tensor": _TEXT, "why": _TEXT})),

@@ -13,7 +13,7 @@ import typer
 from rv_distributed import __version__
 from rv_distributed.cli import bench, demo, inspect, merge, verify
 from rv_distributed.cli.terminal import say, warn
-from rv_distributed.errors import InputError, Interrupted, RunError, RvError, VerifyError, one_line
+from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
 app = typer.Typer(
     name="rv",
@@ -75,7 +75,7 @@ def main() -> None:
 def report(error: RvError) -> int:
     """Print an error, as JSON too where that was asked for, and return its exit status."""
     hint = "\nNothing that was finished is lost: run the same command again to resume."
-    resumable = isinstance(error, (Interrupted, RunError))
+    resumable = isinstance(error, (Interrupted, RunError)) and not isinstance(error, ChangedError)
     # The errors with lists have a line for each entry; in the others, a line end came with a name.
     text = str(error) if isinstance(error, (InputError, VerifyError)) else one_line(str(error))
     warn(f"rv: {text}{hint if resumable else ''}")

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import Any
 
 from rv_distributed.bench import known_speed
-from rv_distributed.checkpoint.manifest import Manifest
+from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.cli.options import Common
 from rv_distributed.cli.progress import progress_display
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.cli.units import show_bytes, show_count, show_seconds
-from rv_distributed.errors import RunError, one_line
+from rv_distributed.errors import one_line
 from rv_distributed.job import Job, prepare
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import formula
@@ -37,10 +37,7 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
             say(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))
         return
     with progress_display(job, shown=not common.quiet) as show:
-        try:
-            manifests = job.run(show)
-        except OSError as error:
-            raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
+        manifests = job.run(show)
     zero = zero_vectors(job, manifests)
     for warning in zero:
         warn(f"warning: {one_line(warning)}")
@@ -59,14 +56,14 @@ def plan_summary(job: Job) -> str:
         checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
-    rows += [("output", out) for out in job.outs]
+    rows += [("output", f"{out}  (already complete)" if n in job.complete else out) for n, out in enumerate(job.outs)]
     shards, pieces, rooms = len(job.plan.shards), len(job.plan.pieces), job.rooms
     each = " each" if len(job.outs) > 1 else ""
     rows += [
         ("tensors", _tensors(job)),
         ("read", show_bytes(job.bytes_in)),
         ("write", f"{show_bytes(job.bytes_out)}, in {_plural(shards, 'file')} and {_plural(pieces, 'piece')}{each}"),
-        ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms)),
+        ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms) or "none needed"),
         ("runtime", _runtime(job)),
     ]
     others = [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]
@@ -131,7 +128,17 @@ def plan_document(job: Job) -> dict[str, Any]:
 
 def closing_summary(job: Job, manifests: Sequence[Manifest], seconds: float) -> str:
     """What happened, for people."""
-    timings = manifests[0].timings
+    lines = _effort(job, manifests[job.todo[0]].timings, seconds) if job.todo else []
+    for number, (out, manifest) in enumerate(zip(job.outs, manifests, strict=True)):
+        lines += [one_line(out), f"    {_measures(manifest)}"]
+        if number in job.complete:
+            lines.append(
+                f"    already complete, made at {manifest.created} by the same command; --overwrite makes it again"
+            )
+    return "\n".join(lines)
+
+
+def _effort(job: Job, timings: Timings, seconds: float) -> list[str]:
     speed = show_bytes(timings.bytes_written / max(timings.run_s, 1e-9))
     lines = [
         f"done in {show_seconds(seconds)}: {show_bytes(timings.bytes_read)} read, "
@@ -148,9 +155,7 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], seconds: float) -> 
         lines.append(f"by rv bench this storage takes {least_s} for it, with nothing cached; the run took {took_s}")
     if timings.pieces_kept:
         lines.append(f"{timings.pieces_kept} of {timings.pieces} pieces kept from an earlier run")
-    for out, manifest in zip(job.outs, manifests, strict=True):
-        lines += [one_line(out), f"    {_measures(manifest)}"]
-    return "\n".join(lines)
+    return lines
 
 
 def zero_vectors(job: Job, manifests: Sequence[Manifest]) -> list[str]:

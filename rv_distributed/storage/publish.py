@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rv_distributed.errors import OutputError
 
@@ -22,7 +22,7 @@ def create(path: str, flags: int) -> int:
 
 
 def make_folder(path: str) -> None:
-    """Make a folder, and those above it that are missing, with such permissions."""
+    """Make a folder, and those above it that are missing, with such permissions; they are on the device then."""
     if not os.path.isdir(path):
         make_folder(os.path.dirname(path) or os.curdir)
         try:
@@ -31,6 +31,7 @@ def make_folder(path: str) -> None:
             # Another process was quicker, unless it is a file.
             if not os.path.isdir(path):
                 raise
+        sync(os.path.dirname(path) or os.curdir)
 
 
 def preallocate(path: str, size: int) -> None:
@@ -85,15 +86,29 @@ def sync(path: str) -> None:
 
 
 def publish(staged: str, out: str, *, replaced: str) -> None:
-    """Rename the folder ``staged`` to ``out``. An ``out`` that exists moves to ``replaced`` first and is
-    deleted last, so that at every moment one of the two is whole."""
-    parent = os.path.dirname(out) or os.curdir
-    if os.path.lexists(out):
+    """Make the folder ``staged`` be ``out``; returns once that is on the device. Raises OSError when it is not.
+
+    An ``out`` that exists is deleted last. Where the file system can exchange two names, ``out`` is the old or the
+    new one at every moment; elsewhere the old one moves to ``replaced`` in between, and `recover` brings it back.
+    """
+    if not os.path.lexists(out):
+        os.rename(staged, out)
+    elif not _exchange(staged, out):
         os.rename(out, replaced)
-    os.rename(staged, out)
-    sync(parent)
-    remove(replaced)
-    sync(parent)
+        os.rename(staged, out)
+    sync(os.path.dirname(out) or os.curdir)
+    sync(os.path.dirname(staged) or os.curdir)
+    # The new output is there. What cannot be deleted does not make the run a failure: the next one deletes it.
+    with suppress(OSError):
+        remove(staged)
+        remove(replaced)
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Exchange two names in one step, if the system and the file system can."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return call is not None and call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 
 
 def recover(out: str, *, replaced: str) -> None:

@@ -24,6 +24,7 @@ def manifest(*roles: str, operation: str = "transfer") -> Manifest:
         options={},
         versions={},
         created="2025-09-01T12:00:00+00:00",
+        identity="0" * 64,
         shards=(),
         files=(),
         left_out=(),

@@ -35,6 +35,7 @@ MANIFEST = Manifest(
     options={"dtype": "auto", "include": ".*"},
     versions={"rv_distributed": "0.1.0", "torch": "2.6.0"},
     created="2025-09-01T12:00:00+00:00",
+    identity="ef" * 32,
     shards=(ShardEntry("model.safetensors", 2**40, "ab" * 32),),
     files=(FileEntry("config.json", 0, "cd" * 32),),
     left_out=(LeftOut("lm_head.weight", "is not in the target"),),
