@@ -40,7 +40,7 @@ from rv_distributed.recipe import show_alpha
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging import Staging
 from rv_distributed.storage import open_folder
-from rv_distributed.storage.publish import create, make_folder
+from rv_distributed.storage.publish import create, make_folder, naming
 
 _CARD_FILE = "README.md"
 _MAX_CARD_BYTES = 1_000_000
@@ -110,7 +110,7 @@ class Reducer:
     def _write(self, name: str, data: bytes) -> FileEntry:
         path = os.path.join(self._staging.folder, name)
         make_folder(os.path.dirname(path))
-        with open(path, "wb", opener=create) as file:
+        with naming(path), open(path, "wb", opener=create) as file:
             file.write(data)
         return FileEntry(name, len(data), blake3(data).hexdigest())
 

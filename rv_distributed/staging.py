@@ -27,6 +27,7 @@ from rv_distributed.storage.publish import (
     create,
     locked,
     make_folder,
+    naming,
     preallocate,
     publish,
     recover,
@@ -174,8 +175,9 @@ class Staging:
     def record(self, piece: int, spans: tuple[SpanResult, ...]) -> None:
         """Note that a piece is finished."""
         text = json.dumps([piece, [list(span) for span in spans]])
-        self._journal.write(f"{_check(text)} {text}\n")
-        self._journal.flush()
+        with naming(self._journal_path):
+            self._journal.write(f"{_check(text)} {text}\n")
+            self._journal.flush()
 
     def publish(self, manifest: str) -> None:
         """Flush everything in the staging folder and make it the output, by one rename.

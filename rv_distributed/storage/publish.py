@@ -68,7 +68,7 @@ def _fallocate(fd: int, size: int) -> None:
 
 def write_durably(path: str, data: bytes) -> None:
     """Write a whole file, all of it or nothing, and return once it is on the device."""
-    with open(path + ".new", "wb", opener=create) as file:
+    with naming(path + ".new"), open(path + ".new", "wb", opener=create) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -80,9 +80,20 @@ def sync(path: str) -> None:
     """Flush a file or a folder to the device."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Give errors of calls on an open file the file's name, which the system leaves out."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def publish(staged: str, out: str, *, replaced: str) -> None:
