@@ -193,7 +193,8 @@ class Job:
         """Make the outputs; returns their manifests, in order.
 
         Finished pieces of an earlier, interrupted run of the same job are checked and kept. Raises
-        OutputError when an output's place is taken or too small, RunError when the run fails.
+        OutputError when an output's place is taken or too small, NonFiniteError when an output holds NaN or
+        infinity, which is not allowed, RunError when the run fails.
         """
         self.check_space()
         with ExitStack() as stack:
@@ -207,6 +208,9 @@ class Job:
             reducers = [Reducer(self.plan, number, staging) for number, staging in enumerate(stagings)]
             kept = self._keep(stagings, reducers)
             timings = self._stream(runtime, stagings, reducers, kept, progress)
+            if not self.options.allow_nonfinite:
+                for reducer in reducers:
+                    reducer.check_finite()
             frame = self.opened[self.recipe.frame]
             return tuple(reducer.commit(frame, self.opened, timings) for reducer in reducers)
 
