@@ -13,7 +13,7 @@ from rv_distributed.errors import NonFiniteError, Problem
 from rv_distributed.plan import Operand, Plan, TensorPlan
 
 _MOST_SHOWN: Final = 20
-_REMEDY: Final = "Repair the checkpoint; or run again with --allow-nonfinite, which publishes what is finished already"
+_REMEDY: Final = "Repair the checkpoint; or run again with --allow-nonfinite, which publishes what is finished already."
 
 
 def check_finite(plan: Plan, out: str, rows: Iterable[TensorRow]) -> None:
