@@ -5,6 +5,7 @@
     RvError
     ├── UsageError        bad arguments                                        exit status 2
     ├── InputError        problems of the inputs, all of them at once          exit status 2
+    │   └── NonFiniteError  NaN or infinity in an output; what was finished is kept
     ├── OutputError       the output exists, is in use, or holds another plan  exit status 2
     ├── RunError          the run failed; what was finished is kept            exit status 1
     │   ├── PieceError    one piece failed on its data or its storage
@@ -102,6 +103,10 @@ class InputError(RvError):
             return str(self.problems[0])
         lines = "\n".join(f"  {n}. {problem}" for n, problem in enumerate(self.problems, 1))
         return f"{len(self.problems)} problems with the inputs:\n{lines}"
+
+
+class NonFiniteError(InputError):
+    """An output holds NaN or infinity, so it is not published. Its finished pieces are kept."""
 
 
 class OutputError(RvError):

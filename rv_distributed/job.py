@@ -214,7 +214,8 @@ class Job:
         """Make the outputs; returns their manifests, in order.
 
         Finished pieces of an earlier, interrupted run of the same job are checked and kept. Raises
-        OutputError when an output's place is taken or too small, RunError when the run fails.
+        OutputError when an output's place is taken or too small, NonFiniteError when an output holds NaN or
+        infinity, which is not allowed, RunError when the run fails.
         """
         self.check_space()
         try:
@@ -241,6 +242,9 @@ class Job:
             reducers = [Reducer(self.plan, *of) for of in zip(self.todo, stagings, strict=True)]
             kept = self._keep(stagings, reducers)
             timings = self._stream(runtime, stagings, reducers, kept, progress)
+            if not self.options.allow_nonfinite:
+                for reducer in reducers:
+                    reducer.check_finite()
             frame = self.opened[self.recipe.frame]
             manifests = [reducer.commit(frame, self.opened, timings) for reducer in reducers]
         return dict(zip(self.todo, manifests, strict=True))

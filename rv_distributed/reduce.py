@@ -1,6 +1,7 @@
 """The reducer: collects the results of all pieces and commits the output.
 
-Call `Reducer.add` for every finished piece, then `Reducer.commit` once. The commit checks that the inputs
+Call `Reducer.add` for every finished piece, then `Reducer.commit` once, with `Reducer.check_finite` before it
+where NaN and infinity are not to be published. The commit checks that the inputs
 are still what was read, writes the small files into the staging folder, the manifest last, flushes
 everything and publishes it by one rename.
 """
@@ -13,6 +14,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import cached_property
 
 from blake3 import blake3
 
@@ -35,6 +37,7 @@ from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, dig
 from rv_distributed.errors import ChangedError, RunError
 from rv_distributed.identity import identity_digest
 from rv_distributed.measures import largest
+from rv_distributed.nonfinite import check_finite
 from rv_distributed.plan import Plan, TensorPlan
 from rv_distributed.recipe import show_alpha
 from rv_distributed.runtime.model import SpanResult
@@ -59,17 +62,19 @@ class Reducer:
         """Take a finished piece's results."""
         self._pieces[piece] = spans
 
+    def check_finite(self) -> None:
+        """Raise NonFiniteError when the output holds NaN or infinity; otherwise as `commit`."""
+        check_unchanged(self._plan)
+        check_finite(self._plan, self._staging.out, self._rows)
+
     def commit(self, frame: Checkpoint, opened: Mapping[str, Checkpoint], timings: Timings) -> Manifest:
         """Write the small files, flush everything, publish, and return the manifest.
 
         ``frame`` is the checkpoint whose sidecar files go with the output. Raises RunError when a piece is
         missing, ChangedError when an input is no longer what the plan was made from, and OSError.
         """
-        missing = len(self._plan.pieces) - len(self._pieces)
-        if missing:
-            raise RunError(f"{missing} of {len(self._plan.pieces)} pieces were never finished; run again to continue")
         check_unchanged(self._plan)
-        rows = self._rows()
+        rows = self._rows
         files = [self._write(TABLE_FILE, write_table(rows))]
         if len(self._plan.shards) > 1:
             weight_map = {row.name: row.shard for row in rows}
@@ -114,8 +119,12 @@ class Reducer:
             file.write(data)
         return FileEntry(name, len(data), blake3(data).hexdigest())
 
+    @cached_property
     def _rows(self) -> list[TensorRow]:
-        """A row for every tensor of the plan, in its order."""
+        """A row for every tensor of the plan, in its order. Raises RunError when a piece is missing."""
+        missing = len(self._plan.pieces) - len(self._pieces)
+        if missing:
+            raise RunError(f"{missing} of {len(self._plan.pieces)} pieces were never finished; run again to continue")
         spans: list[list[tuple[PartDigest, SpanResult]]] = [[] for _ in self._plan.tensors]
         for piece in self._plan.pieces:
             for span in self._pieces[piece.number]:
@@ -149,6 +158,8 @@ class Reducer:
             changed=changed if measured else None,
             changed_fraction=changed / max(1, math.prod(tensor.shape)) if measured else None,
             inexact=sum(span.inexact for span in spans) if measured else None,
+            nonfinite=sum(span.nonfinite for span in spans),
+            first_nonfinite=next((s.first_nonfinite for s in spans if s.first_nonfinite is not None), None),
         )
 
     def _shards(self, rows: list[TensorRow]) -> tuple[ShardEntry, ...]:
@@ -173,6 +184,7 @@ def _totals(plan: Plan, rows: list[TensorRow]) -> Totals:
         v_max=_finite(largest(row.v_max or 0.0 for row in rows)),
         changed_elements=sum(row.changed or 0 for row in rows),
         inexact_elements=sum(row.inexact or 0 for row in rows),
+        nonfinite_elements=sum(row.nonfinite for row in rows),
     )
 
 

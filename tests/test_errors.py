@@ -16,6 +16,7 @@ from rv_distributed.errors import (
     Finding,
     InputError,
     Interrupted,
+    NonFiniteError,
     OutputError,
     PieceError,
     Problem,
@@ -45,6 +46,11 @@ ERRORS: dict[str, tuple[RvError, int, str]] = {
         "2 problems with the inputs:\n"
         "  1. /m/model.safetensors.index.json: names the shard x, which is missing. Download the shard.\n"
         "  2. /m/x.safetensors: tensor 'layers.0.weight': has the unknown dtype 'Q4'. Convert it.",
+    ),
+    "NonFiniteError": (
+        NonFiniteError([WRONG]),
+        2,
+        "/m/x.safetensors: tensor 'layers.0.weight': has the unknown dtype 'Q4'. Convert it.",
     ),
     "OutputError": (OutputError("/out already exists"), 2, "/out already exists"),
     "RunError": (RunError("no space", 28), 1, "('no space', 28)"),
@@ -91,6 +97,7 @@ BASES: dict[type[RvError], type[Exception]] = {
     RvError: Exception,
     UsageError: RvError,
     InputError: RvError,
+    NonFiniteError: InputError,
     OutputError: RvError,
     RunError: RvError,
     PieceError: RunError,

@@ -334,7 +334,9 @@ def test_a_vector_with_nan_has_no_norm_and_no_maximum_in_the_manifest(tmp_path: 
     model = {"x": Raw("F32", (4,), np.array([1, np.nan, 5, 2], np.float32).tobytes())}
     zeros = {"x": Raw("F32", (4,), bytes(16))}
     target, vector = write_checkpoint(tmp_path / "t", zeros), write_checkpoint(tmp_path / "v", model)
-    manifest = rv.apply(target, {vector: 1.0}, str(tmp_path / "out"), run_options=LOCAL)
+    allowed = rv.RunOptions(runtime="local", allow_nonfinite=True)
+    manifest = rv.apply(target, {vector: 1.0}, str(tmp_path / "out"), run_options=allowed)
     assert_same(read_checkpoint(tmp_path / "out"), model)
+    assert manifest.totals.nonfinite_elements == 1
     assert manifest.totals.v_norm is None
     assert manifest.totals.v_max is None

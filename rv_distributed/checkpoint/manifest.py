@@ -82,6 +82,8 @@ class Totals:
     """Elements that differ from the target's; of a vector, those that are not zero."""
     inexact_elements: int
     """Elements of a stored vector that its dtype could not hold exactly."""
+    nonfinite_elements: int
+    """Elements of the output that are NaN or infinite; not 0 only where that was allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,7 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
                 {
                     **dict.fromkeys(("tensors", "combined", "cast", "copied", "parameters", "data_bytes"), _COUNT),
                     **dict.fromkeys(("v_norm", "t_norm", "v_max"), _NUMBER_OR_NULL),
-                    **dict.fromkeys(("changed_elements", "inexact_elements"), _COUNT),
+                    **dict.fromkeys(("changed_elements", "inexact_elements", "nonfinite_elements"), _COUNT),
                 }
             ),
             "timings": _object(

@@ -53,6 +53,10 @@ class TensorRow(NamedTuple):
     changed_fraction: float | None
     inexact: int | None
     """Elements of a stored vector that its dtype could not hold exactly."""
+    nonfinite: int
+    """Elements that are NaN or infinite; of dtypes that arithmetic does not read, none is looked at."""
+    first_nonfinite: int | None
+    """Index of the first of them, counted in row-major order."""
 
 
 def write_table(rows: Iterable[TensorRow]) -> bytes:
@@ -120,6 +124,8 @@ def _schema() -> Any:
         "changed": pa.int64(),
         "changed_fraction": pa.float64(),
         "inexact": pa.int64(),
+        "nonfinite": pa.int64(),
+        "first_nonfinite": pa.int64(),
     }
     return pa.schema([(column, types[column]) for column in TensorRow._fields])
 

@@ -58,6 +58,9 @@ class Common:
         bool, typer.Option("--overwrite", help="Replace an output that exists, once the new one is complete.")
     ] = False
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run left.")] = False
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Publish an output although it holds NaN or infinity.")
+    ] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False
     json: Json = False
     quiet: Quiet = False
@@ -79,6 +82,7 @@ class Common:
             memory_budget_bytes=parse_bytes(self.memory_budget, "--memory-budget"),
             overwrite=self.overwrite,
             restart=self.restart,
+            allow_nonfinite=self.allow_nonfinite,
         )
 
 

@@ -179,6 +179,8 @@ def _measures(manifest: Manifest) -> str:
         texts.append(f"max |v| {totals.v_max:.3g}")
     share = totals.changed_elements / max(1, totals.parameters)
     texts.append(f"{share:.1%} of the elements {'not zero' if manifest.operation == 'extract' else 'changed'}")
+    if totals.nonfinite_elements:
+        texts.append(f"{_plural(totals.nonfinite_elements, 'element')} NaN or infinite")
     if totals.inexact_elements:
         texts.append(f"{show_count(totals.inexact_elements)} elements not exact in {manifest.options['dtype']}")
     return ", ".join(texts)

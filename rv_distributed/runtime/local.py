@@ -5,12 +5,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterable
+from typing import Final
 
 import torch
 
+from rv_distributed.errors import WorkerError
 from rv_distributed.plan import PieceTask
-from rv_distributed.runtime.model import PieceResult, WorkerConfig
+from rv_distributed.runtime.model import PieceResult, WorkerConfig, patience_s
 from rv_distributed.runtime.worker import Stopped, Worker, choose_device
+
+#: Longest time between two looks at whether a stream hangs, in seconds.
+_LOOK_S: Final = 1.0
 
 
 class LocalRuntime:
@@ -30,34 +35,58 @@ class LocalRuntime:
         """As `Runtime.run`."""
         worker = Worker(config)
         source = iter(tasks)
+        outputs = len(config.outputs)
+        # Seconds in which nothing came. The clock would also count those in which this whole process was stopped.
+        idle_s = 0.0
+        making: dict[int, tuple[PieceTask, float]] = {}
+        """What each stream makes, and the idle seconds at its start."""
         taking = threading.Lock()
         results: queue.SimpleQueue[PieceResult | BaseException | None] = queue.SimpleQueue()
 
-        def stream() -> None:
+        def stream(number: int) -> None:
             try:
                 while True:
                     with taking:
                         task = next(source, None)
                     if task is None:
                         break
+                    making[number] = task, idle_s
                     results.put(worker.run(task))
             except Stopped:
                 pass
             except BaseException as error:
                 results.put(error)
             finally:
+                making.pop(number, None)
                 results.put(None)
 
         # The streams are the parallelism; torch's own threads would only get in their way.
         torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        threads = [threading.Thread(target=stream, name=f"rv-stream-{n}") for n in range(config.streams)]
+        # Daemons, since nothing ends a thread that hangs in the storage.
+        threads = [
+            threading.Thread(target=stream, args=(n,), name=f"rv-stream-{n}", daemon=True)
+            for n in range(config.streams)
+        ]
+        hanging = False
         try:
             for thread in threads:
                 thread.start()
             running = len(threads)
             while running:
-                result = results.get()
+                try:
+                    result = results.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    idle_s += _LOOK_S
+                    for task, since in list(making.values()):
+                        patience = patience_s(task, outputs)
+                        if idle_s - since >= patience:
+                            hanging = True
+                            raise WorkerError(
+                                f"{task.shard_name}, bytes {task.piece.start} to {task.piece.stop}: not made in "
+                                f"{patience:.0f} s; the storage of the inputs or of the output hangs"
+                            ) from None
+                    continue
                 if result is None:
                     running -= 1
                 elif isinstance(result, BaseException):
@@ -67,6 +96,6 @@ class LocalRuntime:
         finally:
             worker.stop()
             for thread in threads:
-                if thread.ident is not None:
+                if thread.ident is not None and not hanging:
                     thread.join()
             torch.set_num_threads(torch_threads)

@@ -11,6 +11,9 @@ from rv_distributed.plan import PieceTask
 #: Compute happens in blocks of this many output bytes, cut at multiples of it in the output file: small
 #: enough for the processor's caches, and the same blocks whatever the chunks and pieces.
 BLOCK_BYTES = 512 * 1024
+#: Storage slower than this hangs.
+_SLOWEST_BYTES_PER_S = 1_000_000
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,13 @@ class PieceResult(NamedTuple):
     """Who did it, for the tables."""
 
 
+def patience_s(task: PieceTask, outputs: int) -> float:
+    """How long a piece may take before whoever makes it counts as hanging, in seconds."""
+    read = sum((span.stop - span.start) * (1 + 2 * len(span.vectors)) for span in task.spans)
+    written = (task.piece.stop - task.piece.start) * outputs
+    return _PATIENCE_S + (read + written) / _SLOWEST_BYTES_PER_S
+
+
 class Runtime(Protocol):
     """Runs tasks on workers. The tasks come in file order; the results in any.
 
@@ -84,6 +94,6 @@ class Runtime(Protocol):
     def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
         """Yield a result for every task. Closing the generator early stops the workers.
 
-        Raises PieceError at the first piece that cannot be made, WorkerError when workers are lost.
+        Raises PieceError at the first piece that cannot be made, WorkerError when workers are lost or hang.
         """
         ...

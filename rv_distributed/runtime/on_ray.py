@@ -1,7 +1,7 @@
 """The Ray runtime: worker actors, one a GPU or a CPU each. The only module that imports ray.
 
 The driver holds a short queue of calls on every actor and waits for whichever ends first. Actors are all
-asked for at the start and used as they come up. An actor that dies is replaced, and its pieces go to the
+asked for at the start and used as they come up. An actor that dies or hangs is replaced, and its pieces go to the
 actors that live; attempts write the same bytes to the same place, so one too many does no harm. Tensor
 bytes never pass through here, nor through Ray's object store: a call carries a `PieceTask` and brings back
 a `PieceResult`.
@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from rv_distributed.errors import RunError, RvError, UsageError, WorkerError, redacted
 from rv_distributed.plan import PieceTask
-from rv_distributed.runtime.model import PieceResult, WorkerConfig
+from rv_distributed.runtime.model import PieceResult, WorkerConfig, patience_s
 from rv_distributed.runtime.select import usable_cpus
 
 #: Attempts at one piece before the run fails.
@@ -70,6 +71,8 @@ class _Call(NamedTuple):
     actor: Any
     task: PieceTask | None
     attempt: int
+    due: float
+    """When the actor counts as hanging, by the monotonic clock."""
 
 
 class RayRuntime:
@@ -176,12 +179,15 @@ class _Pool:
             self._fill(tasks)
             if self._held and not any(self._held.values()):
                 return
-            ended = _wait(list(self._calls), None if self._held else _START_S)
-            if not ended:
+            due = min(call.due for call in self._calls.values())
+            ended = _wait(list(self._calls), max(0.0, due - time.monotonic()))
+            if not ended and not self._held:
                 raise WorkerError(
                     f"no worker came up in {_START_S} s: no node of the cluster has {self._options['num_cpus']} CPU, "
                     f"{self._options['num_gpus']} GPU and {self._options['memory']} bytes of memory to spare"
                 )
+            if not ended:
+                self._lose_overdue()
             for ref in ended:
                 call = self._calls.pop(ref)
                 try:
@@ -189,7 +195,7 @@ class _Pool:
                 except RayTaskError as error:
                     raise RunError(f"a worker failed: {error.cause!r}") from error
                 except RayError as error:
-                    self._lose(call, error)
+                    self._lose(call, _brief(error))
                     continue
                 if isinstance(result, RvError):
                     raise result
@@ -208,7 +214,7 @@ class _Pool:
     def _add_actor(self) -> None:
         actor = ray.remote(_Actor).options(**self._options).remote()
         self._alive.append(actor)
-        self._calls[actor.start.remote(self._config)] = _Call(actor, None, 0)
+        self._calls[actor.start.remote(self._config)] = _Call(actor, None, 0, time.monotonic() + _START_S)
 
     def _fill(self, tasks: Iterator[PieceTask]) -> None:
         """Give every ready actor as many calls as it has streams, and one to wait for its turn."""
@@ -219,30 +225,42 @@ class _Pool:
                 task, attempt = self._requeued.popleft() if self._requeued else (next(tasks, None), 1)
                 if task is None:
                     return
-                self._calls[actor.run.remote(task)] = _Call(actor, task, attempt)
+                # Twice its patience: it may have to wait for one piece that the actor makes before it.
+                due = time.monotonic() + 2 * patience_s(task, len(self._config.outputs))
+                self._calls[actor.run.remote(task)] = _Call(actor, task, attempt, due)
                 self._held[actor] += 1
 
-    def _lose(self, call: _Call, error: RayError) -> None:
-        """Take an actor out of the pool, requeue its pieces, and ask for another in its place."""
+    def _lose_overdue(self) -> None:
+        """Give up the actors that hang, and everything that they were to do."""
+        now = time.monotonic()
+        hanging = {call.actor for call in self._calls.values() if call.due <= now and call.task is not None}
+        for ref, call in list(self._calls.items()):
+            if call.actor in hanging:
+                del self._calls[ref]
+                self._lose(call, "it did not finish in time, and hangs")
+            elif call.due <= now:
+                # There are others: an actor that never comes up is no reason to stop.
+                self._calls[ref] = call._replace(due=now + _START_S)
+
+    def _lose(self, call: _Call, cause: str) -> None:
+        """Take an actor out of the pool, requeue its piece, and ask for another in its place."""
         if call.actor in self._alive:
             self._alive.remove(call.actor)
             self._held.pop(call.actor, None)
             ray.kill(call.actor)
             self._deaths_left -= 1
             if self._deaths_left <= 0:
-                raise WorkerError(f"workers keep dying; the last one: {_brief(error)}") from error
+                raise WorkerError(f"workers keep dying; the last one: {cause}")
             self._add_actor()
         if call.task is not None:
             if call.attempt >= MAX_ATTEMPTS:
                 piece = call.task.piece
                 where = f"{call.task.shard_name}, bytes {piece.start} to {piece.stop}"
-                raise WorkerError(
-                    f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {_brief(error)}"
-                ) from error
+                raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {cause}")
             self._requeued.append((call.task, call.attempt + 1))
 
 
-def _wait(calls: list[Any], timeout_s: float | None = None) -> list[Any]:
+def _wait(calls: list[Any], timeout_s: float) -> list[Any]:
     """The calls that have ended, once there is one; none after ``timeout_s``."""
     try:
         ended: list[Any] = ray.wait(calls, num_returns=1, timeout=timeout_s)[0]

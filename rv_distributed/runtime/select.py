@@ -31,6 +31,8 @@ class RunOptions:
     """Replace an output that exists, once the new one is complete."""
     restart: bool = False
     """Throw away what an unfinished run left."""
+    allow_nonfinite: bool = False
+    """Publish an output that holds NaN or infinity."""
 
     def __post_init__(self) -> None:
         if self.runtime not in ("auto", "local", "ray"):

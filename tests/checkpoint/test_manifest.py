@@ -51,6 +51,7 @@ MANIFEST = Manifest(
         v_max=None,
         changed_elements=7,
         inexact_elements=0,
+        nonfinite_elements=0,
     ),
     timings=Timings(
         run_s=12.5,

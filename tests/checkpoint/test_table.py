@@ -32,6 +32,8 @@ COMBINED = TensorRow(
     changed=11,
     changed_fraction=11 / 12,
     inexact=None,
+    nonfinite=0,
+    first_nonfinite=None,
 )
 COPIED = COMBINED._replace(
     name="é 'x'\n",
@@ -49,6 +51,8 @@ COPIED = COMBINED._replace(
     changed=None,
     changed_fraction=None,
     inexact=2**62,
+    nonfinite=3,
+    first_nonfinite=2**40,
 )
 ROWS = [COMBINED, COPIED, COMBINED._replace(name="empty", shape=(0, 5))]
 
@@ -72,6 +76,7 @@ rows = st.builds(
     *(texts, texts, st.lists(naturals, max_size=3).map(tuple), texts, naturals, naturals, naturals, digests),
     st.lists(st.builds(PartDigest, naturals, naturals, digests), max_size=2).map(tuple),
     *(texts, texts, numbers, numbers, numbers, st.none() | naturals, numbers, st.none() | naturals),
+    *(naturals, st.none() | naturals),
 )
 
 

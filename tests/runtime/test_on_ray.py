@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
 from rv_distributed.plan import PIECE_ALIGNMENT, PieceTask, PlanOptions, task_of
+from rv_distributed.runtime import on_ray
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
 from rv_distributed.runtime.on_ray import RayRuntime, _wait
 from rv_distributed.storage.publish import preallocate
@@ -113,6 +115,39 @@ def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("cluster")
+def test_pieces_of_a_frozen_worker_are_made_by_others_and_it_does_no_harm_when_it_wakes(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_ray, "patience_s", lambda _task, _outputs: 2.0)
+    tasks, config, job = staged(models, tmp_path)
+    frozen: list[int] = []
+    done = set()
+    try:
+        with runtime_of(job, workers=2) as runtime:
+            for result in runtime.run(iter(tasks), config):
+                done.add(result.piece)
+                if not frozen:
+                    frozen.append(int(result.worker.rpartition(":")[2]))
+                    os.kill(frozen[0], signal.SIGSTOP)
+        assert done == {task.piece.number for task in tasks}
+    finally:
+        for pid in frozen:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    run(models, tmp_path / "whole", runtime="local")
+    for shard in job.plan.shards:
+        assert (tmp_path / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_always_hang_end_the_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "patience_s", lambda _task, _outputs: -1.0)
+    tasks, config, job = staged(models, tmp_path)
+    with runtime_of(job, workers=1) as runtime, pytest.raises(rv.WorkerError, match="hangs"):
+        list(runtime.run(iter(tasks), config))
+
+
+@pytest.mark.usefixtures("cluster")
 def test_workers_that_always_die_end_the_run(models: Path, tmp_path: Path) -> None:
     tasks, config, job = staged(models, tmp_path)
     runtime = runtime_of(job, workers=1)
@@ -176,7 +211,7 @@ def test_what_a_signal_handler_raises_inside_ray_keeps_its_type() -> None:
     try:
         sender.start()
         with pytest.raises(rv.Interrupted):
-            _wait([actor.run.remote()])
+            _wait([actor.run.remote()], 600)
     finally:
         signal.signal(signal.SIGTERM, before)
         sender.join()

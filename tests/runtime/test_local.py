@@ -1,0 +1,50 @@
+"""The local runtime on storage that never answers."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import weights, write_checkpoint
+
+import rv_distributed as rv
+from rv_distributed.runtime import local
+from rv_distributed.storage.ranges import RangeReader
+
+
+def test_a_read_that_never_returns_ends_the_run_and_the_next_one_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (1_500_000,)
+    folders = [
+        write_checkpoint(tmp_path / role, {"w": weights(np.random.default_rng(n), "BF16", shape)}, sidecars={})
+        for n, role in enumerate(("target", "donor", "reference"))
+    ]
+    out, answer = tmp_path / "out", threading.Event()
+    plan = rv.PlanOptions(piece_bytes=1 << 20)
+    read = RangeReader.read
+
+    def hanging(self: RangeReader, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
+        if offset > 2_000_000:
+            answer.wait()
+        read(self, buffer, at, offset, nbytes)
+
+    t, a, b = map(str, folders)
+    with monkeypatch.context() as patch:
+        patch.setattr(RangeReader, "read", hanging)
+        patch.setattr(local, "patience_s", lambda _task, _outputs: 1.0)
+        one = rv.RunOptions(runtime="local", workers=1)
+        try:
+            with pytest.raises(rv.WorkerError, match=r"model\.safetensors, bytes 2097152 to .* hangs"):
+                rv.transfer(t, a, b, str(out), plan_options=plan, run_options=one)
+        finally:
+            answer.set()
+            for thread in threading.enumerate():
+                if thread.name.startswith("rv-stream"):
+                    thread.join()
+    assert not out.exists()
+    manifest = rv.transfer(t, a, b, str(out), plan_options=plan, run_options=rv.RunOptions(runtime="local"))
+    assert (manifest.timings.pieces, manifest.timings.pieces_kept) == (3, 2)
+    rv.verify(str(out))
