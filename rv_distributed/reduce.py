@@ -98,7 +98,7 @@ class Reducer:
         )
         names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
         card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(frame)).encode())
-        manifest = manifest.with_file(card)
+        manifest = manifest.with_file(card).sealed()
         self._write(MANIFEST_FILE, manifest.to_json())
         self._staging.publish()
         return manifest
