@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rv_distributed.plan import PlanOptions
     from rv_distributed.recipe import Recipe, Vector
     from rv_distributed.runtime.select import RunOptions
-    from rv_distributed.verification import verify
+    from rv_distributed.verification import verify, verify_against_inputs
 
 __version__ = "0.1.0"
 
@@ -68,6 +68,7 @@ __all__ = [
     "prepare",
     "transfer",
     "verify",
+    "verify_against_inputs",
 ]
 
 #: Where each public name is defined. They are imported at first use, so that a command that only prints its
@@ -101,6 +102,7 @@ _HOMES = {
     "prepare": "rv_distributed.job",
     "transfer": "rv_distributed.api",
     "verify": "rv_distributed.verification",
+    "verify_against_inputs": "rv_distributed.verification",
 }
 
 

@@ -105,7 +105,7 @@ class Reducer:
         )
         names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
         card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(frame)).encode())
-        manifest = manifest.with_file(card)
+        manifest = manifest.with_file(card).sealed()
         entry = self._write(MANIFEST_FILE, manifest.to_json())
         # Once more, as the small files were read after the first time.
         check_unchanged(self._plan)

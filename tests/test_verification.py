@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
+from rv_distributed.verification.output import open_output
 
 PIECE = 1 << 20
 PLAN = rv.PlanOptions(max_shard_bytes=4_000_000, piece_bytes=PIECE)
@@ -214,3 +218,62 @@ DAMAGES: dict[str, Damage] = {
 def test_damage_is_found_and_the_findings_name_the_files(out: Path, damage: Damage) -> None:
     wanted = damage(out)
     assert {finding.file for finding in findings_of(out)} == wanted
+
+
+RV = [sys.executable, "-c", "from rv_distributed.cli import main; main()"]
+
+
+def found_by_the_command(out: Path) -> list[dict[str, Any]]:
+    done = subprocess.run([*RV, "verify", out, "--json"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 3, done.stderr
+    findings: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
+    return findings
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.37, 0.6, 0.93, 0.999])
+def test_the_command_finds_a_flipped_bit_anywhere_in_the_manifest(out: Path, part: float) -> None:
+    path = out / MANIFEST
+    flip(path, int(part * path.stat().st_size))
+    assert MANIFEST in {finding["file"] for finding in found_by_the_command(out)}
+
+
+def test_every_value_of_the_manifest_is_sealed(out: Path) -> None:
+    """The formula, times and norms too, which nothing else in the folder repeats; and white space."""
+    raw = (out / MANIFEST).read_bytes()
+    for offset in range(0, len(raw), 13):
+        (out / MANIFEST).write_bytes(raw[:offset] + bytes([raw[offset] ^ 2]) + raw[offset + 1 :])
+        try:
+            _, _, findings = open_output(str(out))
+        except rv.VerifyError as error:
+            findings = list(error.findings)
+        assert [finding.file for finding in findings] == [MANIFEST], offset
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "config.json", "README.md", INDEX, TABLE])
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
+def test_the_command_finds_a_flipped_bit_in_a_small_file(out: Path, name: str, part: float) -> None:
+    flip(out / name, int(part * (out / name).stat().st_size))
+    assert {finding["file"] for finding in found_by_the_command(out)} == {name}
+
+
+@pytest.mark.parametrize("offset", [0, 7, 8, 200, -1])
+def test_the_command_finds_a_flipped_bit_in_a_header(out: Path, offset: int) -> None:
+    """Its length, its JSON, and the spaces behind it; the range that is named holds the bit."""
+    path = out / shards(out)[1]
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    offset %= header
+    flip(path, offset)
+    (finding,) = found_by_the_command(out)
+    assert (finding["file"], finding["start"]) == (path.name, 0)
+    assert offset < finding["stop"] <= header
+
+
+def test_the_command_finds_a_flipped_bit_in_every_tensor(out: Path) -> None:
+    tensors = rv.open_checkpoint(str(out)).tensors
+    for tensor in tensors.values():
+        flip(out / tensor.file, (tensor.start + tensor.stop) // 2)
+    findings = found_by_the_command(out)
+    assert {(f["file"], f["tensor"]) for f in findings} == {(tensor.file, name) for name, tensor in tensors.items()}
+    for finding in findings:
+        tensor = tensors[finding["tensor"]]
+        assert finding["start"] <= (tensor.start + tensor.stop) // 2 < finding["stop"]

@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, TypeVar
 
+from blake3 import blake3
+
 MANIFEST_FILE: Final = "rv_manifest.json"
 TABLE_FILE: Final = "rv_tensors.parquet"
 SCHEMA_VERSION: Final = 1
 OPERATIONS: Final = ("extract", "apply", "transfer")
 _HEX: Final = re.compile("[0-9a-f]{64}")
+_NO_DIGEST: Final = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +128,20 @@ class Manifest:
     totals: Totals
     timings: Timings
     schema_version: int = SCHEMA_VERSION
+    digest: str = _NO_DIGEST
+    """BLAKE3 of the document as it is stored, with zeros in place of this digest."""
 
     def with_file(self, entry: FileEntry) -> Manifest:
         """The same manifest with one more file."""
         return replace(self, files=(*self.files, entry))
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its digest; called when all else in it is final."""
+        return replace(self, digest=blake3(replace(self, digest=_NO_DIGEST).to_json()).hexdigest())
+
+    def seals(self, raw: bytes) -> bool:
+        """Whether ``raw``, which this was read from, is byte for byte the document that was sealed."""
+        return blake3(raw.replace(self.digest.encode(), _NO_DIGEST.encode())).hexdigest() == self.digest
 
     def to_json(self) -> bytes:
         """The document as it is stored."""
@@ -237,6 +250,7 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
     **_object(
         {
             "schema_version": {"const": SCHEMA_VERSION},
+            "digest": _DIGEST,
             "operation": {"enum": list(OPERATIONS)},
             "formula": _TEXT,
             "inputs": _array(

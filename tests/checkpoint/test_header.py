@@ -309,7 +309,9 @@ STRICTER: dict[str, Callable[[bytes], bool]] = {
     ),
     "a tensor is an object": lambda raw: _any_entry(raw, lambda entry: not isinstance(entry, _Pairs)),
     "a tensor has three keys": lambda raw: _any_entry(raw, lambda entry: len(entry) != 3),
-    "a dtype is a string": lambda raw: _any_entry(raw, lambda entry: not isinstance(dict(entry)["dtype"], str)),
+    "a dtype is a string": lambda raw: _any_entry(
+        raw, lambda entry: isinstance(entry, _Pairs) and not isinstance(dict(entry)["dtype"], str)
+    ),
 }
 
 STRICTER_FILES = {

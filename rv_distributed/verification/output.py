@@ -38,9 +38,7 @@ def verify(uri: str, *, progress: VerifyProgress | None = None) -> Manifest:
     with their tensor and the smallest range known, missing, added or renamed files; InputError when the
     folder holds no manifest of ours.
     """
-    folder = open_folder(uri)
-    manifest = _read_manifest(folder)
-    findings: list[Finding] = []
+    folder, manifest, findings = open_output(uri)
     sizes = {file.name: file.size for file in folder.files()}
     expected = {shard.name: shard.bytes for shard in manifest.shards} | {
         file.name: file.bytes for file in manifest.files
@@ -74,15 +72,24 @@ def verify(uri: str, *, progress: VerifyProgress | None = None) -> Manifest:
     return manifest
 
 
-def _read_manifest(folder: PosixFolder) -> Manifest:
+def open_output(uri: str) -> tuple[PosixFolder, Manifest, list[Finding]]:
+    """The folder of an output, its manifest, and what is found when that was changed but can still be read.
+
+    Raises as `verify`.
+    """
+    folder = open_folder(uri)
     where = folder.path(MANIFEST_FILE)
     remedy = "Give the folder of a finished output; other checkpoints have nothing to verify against."
     if MANIFEST_FILE not in {file.name for file in folder.files()}:
         raise InputError([Problem(where, "does not exist", remedy)])
+    raw = folder.read(MANIFEST_FILE)
     try:
-        return manifest_from(json.loads(folder.read(MANIFEST_FILE)))
+        manifest = manifest_from(json.loads(raw))
     except (ManifestError, ValueError, AttributeError, RecursionError) as error:
         raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, str(error))]) from error
+    if not manifest.seals(raw):
+        return folder, manifest, [Finding(MANIFEST_FILE, "differs from what was written: its digest is another")]
+    return folder, manifest, []
 
 
 def _check_index(folder: PosixFolder, manifest: Manifest, rows: list[TensorRow]) -> list[Finding]:
