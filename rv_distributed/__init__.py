@@ -30,12 +30,13 @@ if TYPE_CHECKING:
         VerifyError,
         WorkerError,
     )
-    from rv_distributed.job import Job, Progress, prepare
+    from rv_distributed.job import Job, prepare
     from rv_distributed.opening import open_checkpoint
     from rv_distributed.plan import PlanOptions
     from rv_distributed.recipe import Recipe, Vector
     from rv_distributed.runtime.select import RunOptions
     from rv_distributed.verification import verify, verify_against_inputs
+    from rv_distributed.watching import Progress, Share
 
 __version__ = "0.1.0"
 
@@ -86,7 +87,7 @@ _HOMES = {
     "PieceError": "rv_distributed.errors",
     "PlanOptions": "rv_distributed.plan",
     "Problem": "rv_distributed.errors",
-    "Progress": "rv_distributed.job",
+    "Progress": "rv_distributed.watching",
     "Recipe": "rv_distributed.recipe",
     "RunError": "rv_distributed.errors",
     "RunOptions": "rv_distributed.runtime.select",

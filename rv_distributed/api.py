@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rv_distributed.checkpoint.manifest import Manifest
-from rv_distributed.job import ProgressCallback, prepare
+from rv_distributed.job import prepare
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.runtime.select import RunOptions
+from rv_distributed.watching import ProgressCallback
 
 
 def extract(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -29,23 +29,7 @@ from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to
 from rv_distributed.staging import Staging, published, tidy
 from rv_distributed.storage import local_path, open_folder
 from rv_distributed.storage.places import Room, check_rooms, place_problems, rooms
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is, after a piece."""
-
-    pieces: int
-    """Finished, with those kept from an earlier run."""
-    pieces_total: int
-    pieces_kept: int
-    bytes_written: int
-    """Of output, in all outputs, by this run."""
-    bytes_total: int
-    """What this run will have written at its end."""
-
-
-ProgressCallback = Callable[[Progress], None]
+from rv_distributed.watching import ProgressCallback, Watch
 
 
 def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_options: RunOptions) -> Job:
@@ -77,7 +61,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     if places:
         raise OutputError(" ".join(map(str, places)))
     runtime = choose_runtime(run_options)
-    streams = (run_options.workers or min(16, 2 * usable_cpus())) if runtime == "local" else 2
+    streams = _most_streams(run_options) if runtime == "local" else 2 * run_options.cpus_per_worker
     sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options))
     return Job(recipe, opened, plan, tuple(outs), complete, run_options, runtime, sizing)
 
@@ -158,6 +142,11 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Pr
         elif not os.access(path, os.R_OK):
             problems.append(Problem(path, "cannot be read: Permission denied", "Change its permissions."))
     return problems
+
+
+def _most_streams(options: RunOptions) -> int:
+    """Of the local runtime."""
+    return options.workers or min(16, 2 * usable_cpus())
 
 
 def _budget(options: RunOptions) -> int:
@@ -241,12 +230,18 @@ class Job:
                 stagings.append(stack.enter_context(closing(staging)))
             reducers = [Reducer(self.plan, *of) for of in zip(self.todo, stagings, strict=True)]
             kept = self._keep(stagings, reducers)
-            timings = self._stream(runtime, stagings, reducers, kept, progress)
-            if not self.options.allow_nonfinite:
-                for reducer in reducers:
-                    reducer.check_finite()
-            frame = self.opened[self.recipe.frame]
-            manifests = [reducer.commit(frame, self.opened, timings) for reducer in reducers]
+            watch = self._watch(stagings, kept, progress)
+            try:
+                timings = self._stream(runtime, stagings, reducers, kept, watch)
+                watch.committing()
+                if not self.options.allow_nonfinite:
+                    for reducer in reducers:
+                        reducer.check_finite()
+                frame = self.opened[self.recipe.frame]
+                manifests = [reducer.commit(frame, self.opened, timings) for reducer in reducers]
+            except BaseException as error:
+                watch.stopped(error)
+                raise
         return dict(zip(self.todo, manifests, strict=True))
 
     def _keep(self, stagings: Sequence[Staging], reducers: Sequence[Reducer]) -> set[int]:
@@ -259,42 +254,42 @@ class Job:
                 reducer.add(number, records[number])
         return kept
 
+    def _watch(self, stagings: Sequence[Staging], kept: set[int], callback: ProgressCallback | None) -> Watch:
+        todo = sum(piece.stop - piece.start for piece in self.plan.pieces if piece.number not in kept)
+        return Watch(
+            pieces=len(self.plan.pieces),
+            kept=len(kept),
+            bytes_total=todo * len(stagings),
+            folders=[staging.work for staging in stagings],
+            callback=callback,
+        )
+
     def _stream(
         self,
         runtime: Runtime,
         stagings: Sequence[Staging],
         reducers: Sequence[Reducer],
         kept: set[int],
-        progress: ProgressCallback | None,
+        watch: Watch,
     ) -> Timings:
         """Run all pieces that are not kept."""
-        todo = [piece for piece in self.plan.pieces if piece.number not in kept]
-        bytes_total = sum(piece.stop - piece.start for piece in todo) * len(stagings)
-        bytes_read = bytes_written = 0
-        read_s = compute_s = write_s = 0.0
-        tasks = (task_of(self.plan, piece) for piece in todo)
+        tasks = (task_of(self.plan, piece) for piece in self.plan.pieces if piece.number not in kept)
         began = time.monotonic()
         # Closed before the stagings are: no worker may write once another run can take the place.
         with closing(runtime.run(tasks, self._worker_config(stagings))) as results:
-            for done, result in enumerate(results, 1):
+            for result in results:
                 for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
                     reducer.add(result.piece, spans)
                     staging.record(result.piece, spans)
-                bytes_read += result.bytes_read
-                bytes_written += result.bytes_written
-                read_s += result.waited.read_s
-                compute_s += result.waited.compute_s
-                write_s += result.waited.write_s
-                if progress is not None:
-                    pieces = len(kept) + done
-                    progress(Progress(pieces, len(self.plan.pieces), len(kept), bytes_written, bytes_total))
+                watch.add(result)
+        shares = watch.workers.values()
         return Timings(
             run_s=time.monotonic() - began,
-            read_s=read_s,
-            compute_s=compute_s,
-            write_s=write_s,
-            bytes_read=bytes_read,
-            bytes_written=bytes_written,
+            read_s=sum(share.read_s for share in shares),
+            compute_s=sum(share.compute_s for share in shares),
+            write_s=sum(share.write_s for share in shares),
+            bytes_read=sum(share.bytes_read for share in shares),
+            bytes_written=sum(share.bytes_written for share in shares),
             pieces=len(self.plan.pieces),
             pieces_kept=len(kept),
         )
@@ -305,6 +300,7 @@ class Job:
             alphas=tuple(self.plan.alphas[number] for number in self.todo),
             device=self.options.device,
             streams=self.sizing.streams,
+            cpus=usable_cpus() if self.runtime == "local" else self.options.cpus_per_worker,
             chunk_bytes=self.sizing.chunk_bytes,
             measure=True,
         )
@@ -313,13 +309,7 @@ class Job:
         if self.runtime == "ray":
             from rv_distributed.runtime.on_ray import RayRuntime
 
-            return RayRuntime(
-                address=self.options.address,
-                workers=self.options.workers,
-                pieces=len(self.plan.pieces),
-                buffer_bytes=self.sizing.buffer_bytes,
-                device=self.options.device,
-            )
+            return RayRuntime(self.options, pieces=len(self.plan.pieces), buffer_bytes=self.sizing.buffer_bytes)
         from rv_distributed.runtime.local import LocalRuntime
 
         return LocalRuntime(self.options.device)

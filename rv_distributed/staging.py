@@ -64,26 +64,27 @@ class Staging:
         """
         self.out = os.path.abspath(out)
         self.identity = identity
-        self._work = staging_folder(self.out)
-        self._journal_path = os.path.join(self._work, "records.jsonl")
+        self.work = staging_folder(self.out)
+        """The place itself: a folder beside the output."""
+        self._journal_path = os.path.join(self.work, "records.jsonl")
         self._closing = ExitStack()
         try:
-            make_folder(self._work)
+            make_folder(self.work)
         except OSError as error:
-            raise OutputError(f"{self._work} cannot be made: {error.strerror}. Check the output's folder.") from error
-        if os.stat(self._work).st_dev != os.stat(os.path.dirname(self.out)).st_dev:
+            raise OutputError(f"{self.work} cannot be made: {error.strerror}. Check the output's folder.") from error
+        if os.stat(self.work).st_dev != os.stat(os.path.dirname(self.out)).st_dev:
             raise OutputError(
-                f"{self._work} lies on another file system than the output, which one rename publishes. "
+                f"{self.work} lies on another file system than the output, which one rename publishes. "
                 "Remove it, or give another --out."
             )
         with ExitStack() as stack:
-            stack.enter_context(locked(os.path.join(self._work, _LOCK), subject=self.out))
-            recover(self.out, replaced=os.path.join(self._work, _REPLACED))
+            stack.enter_context(locked(os.path.join(self.work, _LOCK), subject=self.out))
+            recover(self.out, replaced=os.path.join(self.work, _REPLACED))
             self._found = _inode(self.out)
             if self._found is not None and not overwrite:
                 raise OutputError(f"{self.out} already exists. Give another --out, or --overwrite to replace it.")
             self._held = self._claim(restart)
-            self.folder = os.path.join(self._work, self._held.folder)
+            self.folder = os.path.join(self.work, self._held.folder)
             make_folder(self.folder)
             self._journal = stack.enter_context(open(self._journal_path, "a+", encoding="utf-8", opener=create))
             # A record that a crash tore must not take the next one with it.
@@ -96,11 +97,11 @@ class Staging:
         Each new one has a name of its own: a worker of an earlier run that was cut off and comes back can never
         write into a later run's files.
         """
-        held = None if restart else _read_held(self._work)
+        held = None if restart else _read_held(self.work)
         # A run may have published, and been stopped before it could clean up.
         if (
             held is not None
-            and os.path.isdir(os.path.join(self._work, held.folder))
+            and os.path.isdir(os.path.join(self.work, held.folder))
             and not _is_published(self.out, held)
         ):
             if held.identity != json.loads(json.dumps(self.identity)):
@@ -110,13 +111,13 @@ class Staging:
                     "Run that command again to finish it, or give --restart to throw its pieces away."
                 )
             return held
-        _empty(self._work)
+        _empty(self.work)
         held = _Held(f"output-{secrets.token_hex(6)}", self.identity)
         self._note(held)
         return held
 
     def _note(self, held: _Held) -> None:
-        write_durably(os.path.join(self._work, _PLAN), json.dumps(held._asdict(), indent=2).encode())
+        write_durably(os.path.join(self.work, _PLAN), json.dumps(held._asdict(), indent=2).encode())
 
     def preallocate(self, plan: Plan) -> None:
         """Reserve the space of every shard. Raises OutputError when it is not there."""
@@ -195,7 +196,7 @@ class Staging:
                 "move it away, and run again."
             )
         self._note(self._held._replace(manifest=manifest))
-        publish(self.folder, self.out, replaced=os.path.join(self._work, _REPLACED))
+        publish(self.folder, self.out, replaced=os.path.join(self.work, _REPLACED))
 
     def close(self) -> None:
         """Let go of the place; what is in it stays for the next run."""

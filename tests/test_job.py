@@ -12,7 +12,7 @@ import pytest
 from reference import Raw, combined, extracted, read_checkpoint, weights, write_checkpoint
 
 import rv_distributed as rv
-from rv_distributed.job import ProgressCallback
+from rv_distributed.watching import ProgressCallback
 
 LOCAL = rv.RunOptions(runtime="local", workers=1)
 OVERWRITE = rv.RunOptions(runtime="local", workers=1, overwrite=True)

@@ -15,7 +15,7 @@ import pytest
 from reference import Raw, combined, read_checkpoint, weights, write_checkpoint
 
 import rv_distributed as rv
-from rv_distributed.job import ProgressCallback
+from rv_distributed.watching import ProgressCallback
 
 MIB = 1 << 20
 PLAN = rv.PlanOptions(piece_bytes=MIB, max_shard_bytes=2_700_000)

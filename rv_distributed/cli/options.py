@@ -6,17 +6,19 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from rv_distributed.cli.units import parse_bytes
+from rv_distributed.errors import UsageError
 from rv_distributed.runtime.select import DeviceName, RunOptions, RuntimeName
 
 if TYPE_CHECKING:
     from rv_distributed.plan import PlanOptions
 
 Out = Annotated[str, typer.Option("--out", help="Folder to make; it appears when it is complete.", metavar="PATH")]
+LogFormat = Literal["text", "json"]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
@@ -50,6 +52,14 @@ class Common:
     workers: Annotated[
         int | None, typer.Option(help="Threads (local) or actors (ray); the default is what there is.", metavar="N")
     ] = None
+    cpus_per_worker: Annotated[int, typer.Option(help="CPUs of an actor under Ray.", metavar="N")] = 1
+    workers_per_node: Annotated[
+        int | None, typer.Option(help="Most actors on one node of a Ray cluster.", metavar="N")
+    ] = None
+    node_label: Annotated[
+        list[str] | None,
+        typer.Option(help="Label of the Ray nodes that may get actors; may be given again.", metavar="KEY=VALUE"),
+    ] = None
     device: Annotated[DeviceName, typer.Option(help="auto takes a GPU where a worker has one.")] = "auto"
     memory_budget: Annotated[
         str, typer.Option(help="Most memory for the buffers of one worker process.", metavar="SIZE")
@@ -64,6 +74,9 @@ class Common:
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False
     json: Json = False
     quiet: Quiet = False
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Of progress and events on stderr: text, or a JSON object a line.")
+    ] = "text"
 
     def plan_options(self) -> PlanOptions:
         """The options of the plan. Raises UsageError."""
@@ -78,12 +91,22 @@ class Common:
             runtime=self.runtime,
             address=self.address,
             workers=self.workers,
+            cpus_per_worker=self.cpus_per_worker,
+            workers_per_node=self.workers_per_node,
+            node_labels=dict(map(_label, self.node_label or ())),
             device=self.device,
             memory_budget_bytes=parse_bytes(self.memory_budget, "--memory-budget"),
             overwrite=self.overwrite,
             restart=self.restart,
             allow_nonfinite=self.allow_nonfinite,
         )
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UsageError(f"--node-label: {text!r} is not KEY=VALUE")
+    return key, value
 
 
 def with_common(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,33 +1,78 @@
-"""Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress and events on stderr: a bar on a terminal, a line every few seconds elsewhere, JSON lines on request."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from rv_distributed.cli.options import LogFormat
 from rv_distributed.cli.terminal import warn
 from rv_distributed.cli.units import show_bytes, show_seconds
-from rv_distributed.job import Job, Progress, ProgressCallback
+from rv_distributed.errors import one_line
+from rv_distributed.job import Job
+from rv_distributed.logs import JsonLines
+from rv_distributed.watching import Progress, Share
 
 _LINE_EVERY_S = 5.0
+_LOG = logging.getLogger("rv_distributed.progress")
+
+
+class Display:
+    """Takes a run's progress, and shows it by ``show``."""
+
+    def __init__(self, show: Callable[[Progress], None]) -> None:
+        self._show = show
+        self.workers: Mapping[str, Share] = {}
+        """What each worker has done so far."""
+
+    def __call__(self, progress: Progress) -> None:
+        self.workers = progress.workers
+        self._show(progress)
 
 
 @contextmanager
-def progress_display(job: Job, *, shown: bool) -> Iterator[ProgressCallback | None]:
-    """The callback to give to `Job.run`, or None when nothing is to be shown."""
-    if not shown:
-        yield None
-    elif sys.stderr.isatty():
-        with _bar(job) as callback:
-            yield callback
-    else:
-        yield _Lines()
+def progress_display(job: Job, log_format: LogFormat, *, shown: bool) -> Iterator[Display]:
+    """The callback to give to `Job.run`; while it is used, what the library logs is shown as well."""
+    with _events(log_format, shown=shown):
+        if not shown:
+            yield Display(lambda _: None)
+        elif log_format == "json":
+            yield Display(_every_few_seconds(_log_as_json))
+        elif sys.stderr.isatty():
+            with _bar(job) as show:
+                yield Display(show)
+        else:
+            yield Display(_every_few_seconds(_warn_as_text))
 
 
 @contextmanager
-def _bar(job: Job) -> Iterator[ProgressCallback]:
+def _events(log_format: LogFormat, *, shown: bool) -> Iterator[None]:
+    """Show what the library logs on stderr: as text only what is amiss."""
+    logger = logging.getLogger("rv_distributed")
+    handler = _Handler()
+    if log_format == "json":
+        handler.setFormatter(JsonLines())
+    level = logger.level
+    logger.setLevel(logging.CRITICAL if not shown else logging.INFO if log_format == "json" else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        warn(text if self.formatter is not None else f"{record.levelname.lower()}: {one_line(text)}")
+
+
+@contextmanager
+def _bar(job: Job) -> Iterator[Callable[[Progress], None]]:
     # Imported here: rich takes a while, and most commands never draw.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -43,21 +88,36 @@ def _bar(job: Job) -> Iterator[ProgressCallback]:
         yield show
 
 
-class _Lines:
-    """Prints a line when enough time has passed since the last one."""
+def _every_few_seconds(show: Callable[[Progress, float], None]) -> Callable[[Progress], None]:
+    """``show`` with the speed in bytes a second, when enough time has passed since the last time."""
+    shown = began = time.monotonic()
 
-    def __init__(self) -> None:
-        self._began = self._last = time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
+    def limited(progress: Progress) -> None:
+        nonlocal shown
         now = time.monotonic()
-        if now - self._last < _LINE_EVERY_S:
-            return
-        self._last = now
-        speed = progress.bytes_written / max(now - self._began, 1e-9)
-        left = (progress.bytes_total - progress.bytes_written) / max(speed, 1e-9)
-        warn(
-            f"{progress.bytes_written / max(1, progress.bytes_total):4.0%}  "
-            f"{show_bytes(progress.bytes_written)} of {show_bytes(progress.bytes_total)} written, "
-            f"{show_bytes(speed)}/s, {show_seconds(left)} left"
-        )
+        if now - shown >= _LINE_EVERY_S:
+            shown = now
+            show(progress, progress.bytes_written / max(now - began, 1e-9))
+
+    return limited
+
+
+def _warn_as_text(progress: Progress, speed: float) -> None:
+    left = (progress.bytes_total - progress.bytes_written) / max(speed, 1e-9)
+    warn(
+        f"{progress.bytes_written / max(1, progress.bytes_total):4.0%}  "
+        f"{show_bytes(progress.bytes_written)} of {show_bytes(progress.bytes_total)} written, "
+        f"{show_bytes(speed)}/s, {show_seconds(left)} left"
+    )
+
+
+def _log_as_json(progress: Progress, speed: float) -> None:
+    fields = {
+        "pieces": progress.pieces,
+        "pieces_total": progress.pieces_total,
+        "bytes_written": progress.bytes_written,
+        "bytes_total": progress.bytes_total,
+        "bytes_per_s": round(speed),
+        "workers": len(progress.workers),
+    }
+    _LOG.info("progress", extra={"fields": fields})

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest, Timings
+from rv_distributed.cli.effort import effort_document, effort_table
 from rv_distributed.cli.options import Common
 from rv_distributed.cli.progress import progress_display
 from rv_distributed.cli.terminal import say, warn
@@ -20,6 +21,7 @@ from rv_distributed.job import Job, prepare
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import formula
 from rv_distributed.storage.places import Room
+from rv_distributed.watching import Share
 
 
 def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
@@ -36,17 +38,17 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
         if common.json:
             say(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))
         return
-    with progress_display(job, shown=not common.quiet) as show:
-        manifests = job.run(show)
+    with progress_display(job, common.log_format, shown=not common.quiet) as display:
+        manifests = job.run(display)
     zero = zero_vectors(job, manifests)
     for warning in zero:
         warn(f"warning: {one_line(warning)}")
     if talks:
-        say(closing_summary(job, manifests, time.monotonic() - began))
+        say(closing_summary(job, manifests, display.workers, time.monotonic() - began))
     if common.json:
         outputs = [{"path": out, "manifest": asdict(m)} for out, m in zip(job.outs, manifests, strict=True)]
         document = {"schema_version": 1, "status": "done", "plan": plan_document(job), "outputs": outputs}
-        say(json.dumps({**document, "warnings": zero}, indent=2))
+        say(json.dumps({**document, "workers": effort_document(display.workers), "warnings": zero}, indent=2))
 
 
 def plan_summary(job: Job) -> str:
@@ -126,9 +128,12 @@ def plan_document(job: Job) -> dict[str, Any]:
     }
 
 
-def closing_summary(job: Job, manifests: Sequence[Manifest], seconds: float) -> str:
+def closing_summary(job: Job, manifests: Sequence[Manifest], workers: Mapping[str, Share], seconds: float) -> str:
     """What happened, for people."""
-    lines = _effort(job, manifests[job.todo[0]].timings, seconds) if job.todo else []
+    lines = []
+    if job.todo:
+        timings = manifests[job.todo[0]].timings
+        lines = [*_effort(job, timings, seconds), *effort_table(workers, timings.run_s)]
     for number, (out, manifest) in enumerate(zip(job.outs, manifests, strict=True)):
         lines += [one_line(out), f"    {_measures(manifest)}"]
         if number in job.complete:

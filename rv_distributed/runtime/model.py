@@ -25,9 +25,11 @@ class WorkerConfig:
     alphas: tuple[tuple[float, ...], ...]
     """One tuple an output, one alpha a vector."""
     device: str
-    """``cpu``, ``cuda``, or ``auto``: the GPU that the worker sees, if any."""
+    """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: the GPU that the worker sees, if any."""
     streams: int
     """Pieces in progress at once, each with its own buffers and thread."""
+    cpus: int
+    """Streams that may compute at once; more would only push each other's blocks out of the caches."""
     chunk_bytes: int
     """Output bytes that a stream reads, computes and writes at a time; a multiple of `BLOCK_BYTES`."""
     measure: bool
@@ -70,7 +72,9 @@ class PieceResult(NamedTuple):
     bytes_written: int
     waited: Waited
     worker: str
-    """Who did it, for the tables."""
+    """Who did it: ``host:pid``."""
+    attempt: int = 1
+    """How many workers it took."""
 
 
 def patience_s(task: PieceTask, outputs: int) -> float:

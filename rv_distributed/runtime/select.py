@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,14 @@ class RunOptions:
     address: str | None = None
     """Of the Ray cluster; without one, and without RAY_ADDRESS, a local Ray is started and stopped."""
     workers: int | None = None
-    """Threads of the local runtime, or actors under Ray; None for what the machine or cluster has."""
+    """Threads of the local runtime, or actors under Ray; None for what the machine has, or the cluster at any time.
+    A cluster that scales up from few nodes is asked for as many as this says."""
+    cpus_per_worker: int = 1
+    """CPUs that an actor is given under Ray. It computes on as many at once."""
+    workers_per_node: int | None = None
+    """Most actors on one node of a Ray cluster; None for no limit but its resources."""
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels that a node of a Ray cluster must have to get actors; values as in Ray's label selectors."""
     device: DeviceName = "auto"
     """auto: a GPU where a worker has one."""
     memory_budget_bytes: int | None = None
@@ -41,6 +49,10 @@ class RunOptions:
             raise UsageError(f"device {self.device!r} is not one of auto, cpu, cuda")
         if self.workers is not None and self.workers < 1:
             raise UsageError("--workers must be at least 1")
+        if self.cpus_per_worker < 1:
+            raise UsageError("--cpus-per-worker must be at least 1")
+        if self.workers_per_node is not None and self.workers_per_node < 1:
+            raise UsageError("--workers-per-node must be at least 1")
         if self.address is not None and self.runtime == "local":
             raise UsageError("--address goes with --runtime ray, not with local")
 

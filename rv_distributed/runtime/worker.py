@@ -3,8 +3,8 @@
 A worker holds a fixed number of streams. A stream takes one piece at a time and goes through it in chunks:
 read the sources into its arena, compute block by block into its output buffers, write those. There is no
 queue between the steps: while one stream waits for the storage another computes, and memory is
-``streams × (arena + output buffers)`` whatever the model's size. No more streams compute at once than there
-are processors; more would only push each other's blocks out of the caches.
+``streams × (arena + output buffers)`` whatever the model's size. No more streams compute at once than the worker
+has processors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
 from rv_distributed.runtime.model import PieceResult, SpanResult, Waited, WorkerConfig
-from rv_distributed.runtime.select import usable_cpus
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
 
 _OPEN_FILES: Final = 16
@@ -45,7 +44,7 @@ class Worker:
         device = choose_device(config.device)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._stop = threading.Event()
-        computing = threading.Semaphore(usable_cpus())
+        computing = threading.Semaphore(config.cpus)
         self._streams: queue.SimpleQueue[_Stream] = queue.SimpleQueue()
         for _ in range(config.streams):
             self._streams.put(_Stream(config, device, self._stop, computing))
@@ -67,10 +66,10 @@ class Worker:
 
 
 def choose_device(device: str) -> torch.device:
-    """The torch device for ``auto``, ``cpu`` or ``cuda``; UsageError when CUDA is asked for in vain."""
+    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; UsageError when CUDA is asked for in vain."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     return torch.device(device)
 

@@ -125,7 +125,15 @@ def _compare(plan: Plan, pieces: Sequence[Piece], output: str, progress: VerifyP
     from rv_distributed.runtime.recompute import recompute
 
     sizing = size_buffers(plan, streams=min(16, 2 * usable_cpus()), budget_bytes=DEFAULT_BUDGET_BYTES)
-    config = WorkerConfig((output,), plan.alphas, "cpu", sizing.streams, sizing.chunk_bytes, measure=False)
+    config = WorkerConfig(
+        outputs=(output,),
+        alphas=plan.alphas,
+        device="cpu",
+        streams=sizing.streams,
+        cpus=usable_cpus(),
+        chunk_bytes=sizing.chunk_bytes,
+        measure=False,
+    )
     total, done = sum(piece.stop - piece.start for piece in pieces), 0
     findings = []
     tasks = (task_of(plan, piece) for piece in pieces)

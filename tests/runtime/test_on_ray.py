@@ -18,9 +18,9 @@ import pytest
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
 from rv_distributed.plan import PIECE_ALIGNMENT, PieceTask, PlanOptions, task_of
-from rv_distributed.runtime import on_ray
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
-from rv_distributed.runtime.on_ray import RayRuntime, _wait
+from rv_distributed.runtime.on_ray import RayRuntime, pool
+from rv_distributed.runtime.on_ray.pool import _wait
 from rv_distributed.storage.publish import preallocate
 
 SMALL = PlanOptions(max_shard_bytes=5_000_000, piece_bytes=PIECE_ALIGNMENT)
@@ -83,13 +83,14 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
     job = rv.prepare(recipe, [str(folder / "out")], SMALL, rv.RunOptions(runtime="ray"))
     for shard in job.plan.shards:
         preallocate(str(folder / shard.name), shard.size)
-    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", job.sizing.streams, job.sizing.chunk_bytes, True)
+    sizing = job.sizing
+    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", sizing.streams, 1, sizing.chunk_bytes, True)
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 
 def runtime_of(job: rv.Job, *, workers: int) -> RayRuntime:
-    pieces, buffer_bytes = len(job.plan.pieces), job.sizing.buffer_bytes
-    return RayRuntime(address=None, workers=workers, pieces=pieces, buffer_bytes=buffer_bytes, device="auto")
+    options = rv.RunOptions(workers=workers)
+    return RayRuntime(options, pieces=len(job.plan.pieces), buffer_bytes=job.sizing.buffer_bytes)
 
 
 def kill_worker(result: PieceResult) -> None:
@@ -118,7 +119,8 @@ def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) 
 def test_pieces_of_a_frozen_worker_are_made_by_others_and_it_does_no_harm_when_it_wakes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_ray, "patience_s", lambda _task, _outputs: 2.0)
+    monkeypatch.setattr(pool, "patience_s", lambda _task, _outputs: 2.0)
+    monkeypatch.setattr(pool, "_LOOK_S", 0.5)
     tasks, config, job = staged(models, tmp_path)
     frozen: list[int] = []
     done = set()
@@ -141,7 +143,8 @@ def test_pieces_of_a_frozen_worker_are_made_by_others_and_it_does_no_harm_when_i
 
 @pytest.mark.usefixtures("cluster")
 def test_workers_that_always_hang_end_the_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_ray, "patience_s", lambda _task, _outputs: -1.0)
+    monkeypatch.setattr(pool, "patience_s", lambda _task, _outputs: -1.0)
+    monkeypatch.setattr(pool, "_LOOK_S", 0.0)
     tasks, config, job = staged(models, tmp_path)
     with runtime_of(job, workers=1) as runtime, pytest.raises(rv.WorkerError, match="hangs"):
         list(runtime.run(iter(tasks), config))

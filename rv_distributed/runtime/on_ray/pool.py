@@ -1,0 +1,246 @@
+"""The actors of one run, and the calls on them.
+
+The driver holds a short queue of calls on every actor and waits for whichever ends first. Actors are all asked for at
+the start and used as they come up; more of them when the cluster grows. One that dies or hangs is replaced, and its
+pieces go to the actors that live; attempts write the same bytes to the same place, so one too many does no harm. A
+node that is being drained gets no new pieces.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from rv_distributed.errors import RunError, RvError, WorkerError
+from rv_distributed.plan import PieceTask
+from rv_distributed.runtime.model import PieceResult, WorkerConfig, patience_s
+from rv_distributed.runtime.on_ray.actor import Actor, Ready
+from rv_distributed.runtime.on_ray.metrics import DriverMetrics
+
+_LOG = logging.getLogger(__name__)
+#: Attempts at one piece before the run fails.
+MAX_ATTEMPTS: Final = 3
+#: Longest wait while no worker is up: a cluster that scales up from nothing needs minutes.
+_START_S: Final = 900.0
+#: How often the cluster is asked what became of it.
+_LOOK_S: Final = 5.0
+
+
+class _Call(NamedTuple):
+    """What a running call is for; ``task`` is None for an actor's start."""
+
+    worker: _Worker
+    task: PieceTask | None
+    attempt: int
+    due: float
+    """When the actor counts as hanging, by the monotonic clock."""
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """An actor."""
+
+    actor: Any
+    ready: Ready | None = None
+    """None until it is up."""
+    calls: int = 0
+    """Pieces that it makes, or will make next."""
+    done: int = 0
+    draining: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.ready.name if self.ready is not None else "a worker that was not up yet"
+
+
+class Pool:
+    """Runs tasks on as many actors as ``wanted`` says, each asked of Ray with ``options``."""
+
+    def __init__(self, config: WorkerConfig, wanted: Callable[[], int], options: dict[str, Any], pieces: int) -> None:
+        self._config = config
+        self._wanted = wanted
+        self._most_deaths = wanted() + MAX_ATTEMPTS
+        self._options = options
+        self._pieces = pieces
+        self._metrics = DriverMetrics(ray.get_runtime_context().get_job_id())
+        self._calls: dict[Any, _Call] = {}
+        self._workers: set[_Worker] = set()
+        """All that were asked for and not lost."""
+        self._up: list[_Worker] = []
+        self._requeued: deque[tuple[PieceTask, int]] = deque()
+        self._done = 0
+        self._deaths = 0
+        """Since a piece was finished."""
+        self._stillborn = 0
+        """Workers that were lost before they finished a piece."""
+        self._looked = time.monotonic()
+
+    def run(self, tasks: Iterator[PieceTask]) -> Iterator[PieceResult]:
+        """Yield the results of all tasks, in the order in which they are finished.
+
+        Raises WorkerError when no workers are left to make them, and what a worker fails with.
+        """
+        self._grow()
+        while True:
+            everything_is_out = self._fill(tasks)
+            if everything_is_out and not any(call.task is not None for call in self._calls.values()):
+                return
+            if not self._calls:
+                raise WorkerError("no worker is left, and those that were asked for died at once")
+            ended = _wait(list(self._calls), max(0.0, self._looked + _LOOK_S - time.monotonic()))
+            if time.monotonic() >= self._looked + _LOOK_S:
+                self._look()
+            for ref in ended:
+                if ref not in self._calls:
+                    continue  # given up in between
+                call = self._calls.pop(ref)
+                call.worker.calls -= call.task is not None
+                try:
+                    result = ray.get(ref)
+                except RayTaskError as error:
+                    raise RunError(f"a worker failed: {error.cause!r}") from error
+                except RayError as error:
+                    self._lose(call, _brief(error))
+                    continue
+                if isinstance(result, RvError):
+                    raise result
+                if call.task is None:
+                    self._welcome(call.worker, result)
+                else:
+                    self._deaths = 0
+                    self._done += 1
+                    call.worker.done += 1
+                    yield result._replace(attempt=call.attempt)
+
+    def kill(self) -> None:
+        """End all actors, whatever they are doing."""
+        for worker in self._workers:
+            ray.kill(worker.actor)
+
+    def _grow(self) -> None:
+        """Ask for the actors that the run can use and does not have."""
+        if self._stillborn >= self._most_deaths:
+            return
+        serving = sum(not worker.draining for worker in self._workers)
+        for _ in range(self._wanted() - serving):
+            self._add_actor()
+
+    def _add_actor(self) -> None:
+        worker = _Worker(ray.remote(Actor).options(**self._options).remote())
+        self._workers.add(worker)
+        self._calls[worker.actor.start.remote(self._config)] = _Call(worker, None, 0, time.monotonic() + _START_S)
+
+    def _welcome(self, worker: _Worker, ready: Ready) -> None:
+        worker.ready = ready
+        self._up.append(worker)
+        _LOG.info("worker %s is up", worker.name, extra={"fields": {"worker": worker.name, "node": ready.node}})
+
+    def _fill(self, tasks: Iterator[PieceTask]) -> bool:
+        """Give every ready actor as many calls as it has streams, and one to wait for its turn; whether no task is
+        left to be given to anyone."""
+        for depth in range(self._config.streams + 1):
+            for worker in self._up:
+                if worker.calls > depth or worker.draining:
+                    continue
+                task, attempt = self._requeued.popleft() if self._requeued else (next(tasks, None), 1)
+                if task is None:
+                    return True
+                # Twice its patience: it may have to wait for one piece that the actor makes before it.
+                due = time.monotonic() + 2 * patience_s(task, len(self._config.outputs))
+                self._calls[worker.actor.run.remote(task, attempt)] = _Call(worker, task, attempt, due)
+                worker.calls += 1
+        return False
+
+    def _look(self) -> None:
+        """See to what nobody tells: actors that hang, nodes that are drained, a cluster that has grown."""
+        now = self._looked = time.monotonic()
+        if not self._up and all(call.due <= now for call in self._calls.values()):
+            raise WorkerError(
+                f"no worker came up in {_START_S:.0f} s: no node of the cluster has {self._options['num_cpus']} CPU, "
+                f"{self._options['num_gpus']} GPU and {self._options['memory']} bytes of memory to spare"
+            )
+        hanging = {call.worker for call in self._calls.values() if call.due <= now and call.task is not None}
+        for ref, call in list(self._calls.items()):
+            if call.worker in hanging:
+                del self._calls[ref]
+                self._lose(call, "it did not finish in time, and hangs")
+            elif call.due <= now:
+                # There are others: an actor that never comes up is no reason to stop.
+                self._calls[ref] = call._replace(due=now + _START_S)
+        self._drain(_draining_nodes())
+        self._grow()
+        self._metrics.progress(self._done / self._pieces)
+
+    def _drain(self, nodes: set[str]) -> None:
+        """Give no new pieces to workers on these nodes, and end those that have none left."""
+        for worker in list(self._up):
+            if worker.ready is not None and worker.ready.node in nodes and not worker.draining:
+                worker.draining = True
+                _LOG.warning("the node of worker %s is being drained; it gets no new pieces", worker.name)
+            if worker.draining and worker.calls == 0:
+                self._remove(worker)
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        with suppress(ValueError):
+            self._up.remove(worker)
+        ray.kill(worker.actor)
+
+    def _lose(self, call: _Call, cause: str) -> None:
+        """Take an actor out of the pool, requeue its piece, and ask for another in its place."""
+        worker, task = call.worker, call.task
+        if worker in self._workers:
+            self._remove(worker)
+            _LOG.warning(
+                "lost worker %s (%s); its pieces go to others",
+                worker.name,
+                cause,
+                extra={"fields": {"worker": worker.name, "cause": cause}},
+            )
+            self._replace_or_give_up(worker, cause)
+        if task is not None:
+            if call.attempt >= MAX_ATTEMPTS:
+                where = f"{task.shard_name}, bytes {task.piece.start} to {task.piece.stop}"
+                raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {cause}")
+            self._metrics.retry()
+            self._requeued.append((task, call.attempt + 1))
+
+    def _replace_or_give_up(self, lost: _Worker, cause: str) -> None:
+        """Workers that die at once, one after the other, are not replaced for ever; nor is any when none gets on."""
+        self._deaths += 1
+        self._stillborn += lost.done == 0
+        if self._deaths >= self._most_deaths or (self._stillborn >= self._most_deaths and not self._workers):
+            raise WorkerError(f"workers keep dying; the last one: {cause}")
+        self._grow()
+
+
+def _draining_nodes() -> set[str]:
+    # Ray has no public way to ask; without an answer, workers there go on until they are lost.
+    with suppress(Exception):
+        return set(ray._private.state.state.get_draining_nodes())
+    return set()
+
+
+def _wait(calls: list[Any], timeout_s: float) -> list[Any]:
+    """The calls that have ended, once there is one; none after ``timeout_s``."""
+    try:
+        ended: list[Any] = ray.wait(calls, num_returns=1, timeout=timeout_s)[0]
+    except SystemError as error:
+        # What a signal handler raised, wrapped by the extension module that it interrupted.
+        if isinstance(error.__cause__, RvError):
+            raise error.__cause__ from None
+        raise
+    return ended
+
+
+def _brief(error: RayError) -> str:
+    """The first line of an error of Ray's, which explains itself at length."""
+    return str(error).partition("\n")[0]

@@ -1,0 +1,123 @@
+"""Connecting to Ray, and what is asked of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final
+
+import ray
+
+from rv_distributed.errors import UsageError, redacted
+from rv_distributed.plan import PieceTask
+from rv_distributed.runtime.model import PieceResult, WorkerConfig
+from rv_distributed.runtime.on_ray.pool import Pool
+from rv_distributed.runtime.select import RunOptions, usable_cpus
+
+#: Ray's smallest object store is 75 MiB, and nothing of ours needs more.
+_OBJECT_STORE_BYTES: Final = 100_000_000
+#: What an actor takes beside its buffers: the interpreter and torch.
+_ACTOR_BYTES: Final = 400 << 20
+
+
+class RayRuntime:
+    """Runs tasks on actors of a Ray cluster, which it starts on this machine when there is none."""
+
+    def __init__(self, options: RunOptions, *, pieces: int, buffer_bytes: int) -> None:
+        self._options = options
+        self._address = options.address or os.environ.get("RAY_ADDRESS") or ""
+        self._pieces = pieces
+        self._buffer_bytes = buffer_bytes
+        self._started = False
+        self._uses_gpus = False
+
+    def __enter__(self) -> RayRuntime:
+        """Connect. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
+        if self._address.startswith(("http://", "https://")):
+            raise UsageError(
+                f"{redacted(self._address)} is the address of a job server; give the cluster's, as host:port or auto"
+            )
+        self._started = not ray.is_initialized()
+        try:
+            if self._started:
+                self._connect()
+            gpus = _resource("GPU") if self._options.device != "cpu" else 0
+            if self._options.device == "cuda" and gpus == 0:
+                raise UsageError("--device cuda: the Ray cluster has no GPUs; use --device cpu")
+            self._uses_gpus = gpus > 0
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._started:
+            with _own_sigterm():
+                ray.shutdown()
+
+    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
+        """As `Runtime.run`."""
+        device = self._options.device if self._uses_gpus else "cpu"
+        pool = Pool(replace(config, device=device), self._wanted, self._requests(config), self._pieces)
+        try:
+            yield from pool.run(iter(tasks))
+        finally:
+            pool.kill()
+
+    def _wanted(self) -> int:
+        """How many actors are of use: as many as asked for, or as the cluster has room for just now."""
+        room = _resource("GPU") if self._uses_gpus else _resource("CPU") // self._options.cpus_per_worker
+        return min(self._pieces, self._options.workers or max(1, room))
+
+    def _requests(self, config: WorkerConfig) -> dict[str, Any]:
+        """The options of every actor."""
+        options: dict[str, Any] = {
+            "num_gpus": 1 if self._uses_gpus else 0,
+            "num_cpus": 1 if self._uses_gpus else self._options.cpus_per_worker,
+            "memory": _ACTOR_BYTES + self._buffer_bytes,
+            "max_restarts": 0,
+            "max_concurrency": config.streams + 1,
+            "scheduling_strategy": "SPREAD",
+        }
+        if self._options.workers_per_node is not None:
+            # Every node has one of this resource without declaring it; Ray Serve limits replicas by it, too.
+            name = f"{ray._raylet.IMPLICIT_RESOURCE_PREFIX}rv_worker"
+            options["resources"] = {name: 1 / self._options.workers_per_node}
+        if self._options.node_labels:
+            options["label_selector"] = dict(self._options.node_labels)
+        return options
+
+    def _connect(self) -> None:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        here = {
+            "num_cpus": max(usable_cpus(), (self._options.workers or 0) * self._options.cpus_per_worker),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+        try:
+            with _own_sigterm():
+                ray.init(address=self._address or "local", **common, **({} if self._address else here))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = redacted(self._address) or "this machine"
+            raise UsageError(f"no Ray cluster could be reached at {where}: {redacted(str(error))}") from error
+
+
+def _resource(name: str) -> int:
+    """How much of a resource the nodes have that are alive now."""
+    return int(ray.cluster_resources().get(name, 0))
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM, which ray.init and ray.shutdown replace."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
