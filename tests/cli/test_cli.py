@@ -212,3 +212,23 @@ def test_only_a_run_that_can_be_resumed_says_so(command: str, resumable: bool, m
     assert "/models/shard: Input/output error" in done.stderr
     assert "Traceback" not in done.stderr
     assert ("run the same command again to resume" in done.stderr) == resumable
+
+
+def test_progress_and_events_as_json_lines(models: Path, tmp_path: Path) -> None:
+    done = rv(*transfer_of(models, tmp_path / "out", "--runtime", "ray", "--log-format", "json", "--json"))
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    came_up = [event for event in events if event["event"].endswith("is up")]
+    assert came_up
+    document = json.loads(done.stdout)
+    named = {entry["worker"] for entry in document["workers"]}
+    assert named <= {event["worker"] for event in came_up}
+    assert sum(entry["pieces"] for entry in document["workers"]) == document["plan"]["pieces"]
+
+
+@pytest.mark.parametrize("label", ["near", "=near"])
+def test_a_node_label_has_a_key_and_a_value(models: Path, tmp_path: Path, label: str) -> None:
+    done = rv(*transfer_of(models, tmp_path / "out", "--node-label", label))
+    assert done.returncode == 2
+    assert "--node-label" in done.stderr
+    assert "KEY=VALUE" in done.stderr

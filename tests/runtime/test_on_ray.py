@@ -116,6 +116,22 @@ def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("cluster")
+def test_workers_that_did_something_may_die_as_often_as_they_like(models: Path, tmp_path: Path) -> None:
+    """As on nodes that are taken away again and again: only deaths without a piece in between are counted."""
+    tasks, config, job = staged(models, tmp_path)
+    killed, done = 0, []
+    with runtime_of(job, workers=1) as runtime:
+        for result in runtime.run(iter(tasks), config):
+            done.append(result)
+            if len(done) % 3 == 0:
+                kill_worker(result)
+                killed += 1
+    assert killed >= 1 + pool.MAX_ATTEMPTS
+    assert sorted(result.piece for result in done) == [task.piece.number for task in tasks]
+    assert {result.attempt for result in done} >= {1, 2}
+
+
+@pytest.mark.usefixtures("cluster")
 def test_pieces_of_a_frozen_worker_are_made_by_others_and_it_does_no_harm_when_it_wakes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

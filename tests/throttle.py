@@ -1,0 +1,33 @@
+"""Slow storage for tests of the Ray runtime: a set-up hook for the worker processes, which import it by name."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+#: Environment variable with the name of a file; in it, the bytes a second that each worker may read.
+RATE = "RV_TEST_READ_RATE"
+
+
+def slow_reads() -> None:
+    """Let this process read no faster than the file says; all of its threads together."""
+    import threading
+
+    from rv_distributed.storage.ranges import RangeReader
+
+    path = os.environ.get(RATE)
+    rate = float(Path(path).read_text()) if path and Path(path).exists() else 0.0
+    if not rate:
+        return
+    plain, free = RangeReader.read, [time.monotonic()]
+    lock = threading.Lock()
+
+    def read(self: RangeReader, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
+        with lock:
+            free[0] = max(free[0], time.monotonic()) + nbytes / rate
+            until = free[0]
+        plain(self, buffer, at, offset, nbytes)
+        time.sleep(max(0.0, until - time.monotonic()))
+
+    RangeReader.read = read  # type: ignore[method-assign]
