@@ -22,10 +22,10 @@ from rv_distributed.errors import OutputError
 from rv_distributed.identity import identity_digest
 from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
+from rv_distributed.storage.lease import leased
 from rv_distributed.storage.places import staging_folder
 from rv_distributed.storage.publish import (
     create,
-    locked,
     make_folder,
     naming,
     preallocate,
@@ -78,7 +78,7 @@ class Staging:
                 "Remove it, or give another --out."
             )
         with ExitStack() as stack:
-            stack.enter_context(locked(os.path.join(self.work, _LOCK), subject=self.out))
+            self._lease = stack.enter_context(leased(os.path.join(self.work, _LOCK), subject=self.out))
             recover(self.out, replaced=os.path.join(self.work, _REPLACED))
             self._found = _inode(self.out)
             if self._found is not None and not overwrite:
@@ -174,7 +174,9 @@ class Staging:
         return True
 
     def record(self, piece: int, spans: tuple[SpanResult, ...]) -> None:
-        """Note that a piece is finished."""
+        """Note that a piece is finished. Raises RunError when another run has taken the place over."""
+        if self._lease.lost:
+            self._lease.check()
         text = json.dumps([piece, [list(span) for span in spans]])
         with naming(self._journal_path):
             self._journal.write(f"{_check(text)} {text}\n")
@@ -184,7 +186,8 @@ class Staging:
         """Flush everything in the staging folder and make it the output, by one rename.
 
         ``manifest`` is the digest of its manifest, by which a run that is stopped here is known to have published.
-        Raises OutputError when something else has come into the output's place, and OSError.
+        Raises OutputError when something else has come into the output's place, RunError when another run has taken
+        over this one, and OSError.
         """
         for folder, _, names in os.walk(self.folder, topdown=False):
             for name in names:
@@ -195,6 +198,7 @@ class Staging:
                 f"{self.out} was made or replaced by something else during the run. The finished pieces are kept: "
                 "move it away, and run again."
             )
+        self._lease.check()
         self._note(self._held._replace(manifest=manifest))
         publish(self.folder, self.out, replaced=os.path.join(self.work, _REPLACED))
 
@@ -230,7 +234,7 @@ def tidy(out: str) -> None:
     work = staging_folder(out)
     if not os.path.isdir(work):
         return
-    with suppress(OSError, OutputError), locked(os.path.join(work, _LOCK), subject=out):
+    with suppress(OSError, OutputError), leased(os.path.join(work, _LOCK), subject=out):
         held = _read_held(work)
         if held is not None and not _is_published(out, held):
             return  # a later run's pieces

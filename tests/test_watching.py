@@ -92,11 +92,11 @@ def test_the_table_lists_nodes_and_their_workers() -> None:
     }
     lines = [line.split() for line in effort_table(workers, 2.0)]
     assert lines[1:] == [
-        "n1 3 0 9 MB 3 MB 1.5 MB 50% 25% 25%".split(),
-        "7 2 0 6 MB 2 MB 1 MB 25% 50% 25%".split(),
-        "8 1 0 3 MB 1 MB 500 kB 75% 0% 25%".split(),
-        "n2 1 1 3 MB 1 MB 500 kB 0% 100% 0%".split(),
-        "9 1 1 3 MB 1 MB 500 kB 0% 100% 0%".split(),
+        ["n1", "3", "0", "9", "MB", "3", "MB", "1.5", "MB", "50%", "25%", "25%"],
+        ["7", "2", "0", "6", "MB", "2", "MB", "1", "MB", "25%", "50%", "25%"],
+        ["8", "1", "0", "3", "MB", "1", "MB", "500", "kB", "75%", "0%", "25%"],
+        ["n2", "1", "1", "3", "MB", "1", "MB", "500", "kB", "0%", "100%", "0%"],
+        ["9", "1", "1", "3", "MB", "1", "MB", "500", "kB", "0%", "100%", "0%"],
     ]
     assert [entry["worker"] for entry in effort_document(workers)] == ["n1:7", "n1:8", "n2:9"]
 

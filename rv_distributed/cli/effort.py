@@ -9,7 +9,17 @@ from typing import Any, Final
 from rv_distributed.cli.units import show_bytes
 from rv_distributed.watching import Share
 
-_HEAD: Final[tuple[str, ...]] = ("worker", "pieces", "taken over", "read", "written", "a second", "reading", "computing", "writing")
+_HEAD: Final[tuple[str, ...]] = (
+    "worker",
+    "pieces",
+    "taken over",
+    "read",
+    "written",
+    "a second",
+    "reading",
+    "computing",
+    "writing",
+)
 #: With more workers than this, only the nodes are listed.
 _MOST_WORKERS: Final = 40
 

@@ -1,18 +1,13 @@
-"""Making files appear whole or not at all: preallocation, durable writes, locks and the final rename."""
+"""Making files appear whole or not at all: preallocation, durable writes and the final rename."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
-import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-
-from rv_distributed.errors import OutputError
 
 
 def create(path: str, flags: int) -> int:
@@ -136,38 +131,3 @@ def remove(path: str) -> None:
         shutil.rmtree(path)
     elif os.path.lexists(path):
         os.remove(path)
-
-
-@contextmanager
-def locked(path: str, *, subject: str) -> Iterator[None]:
-    """Hold the lock file ``path``; the kernel frees it when the process ends, however it ends.
-
-    Raises OutputError, naming the holder, when another process holds it.
-    """
-    fd = _lock(path, subject)
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _lock(path: str, subject: str) -> int:
-    """The locked file; opened again when its last holder deleted it in between."""
-    while True:
-        fd = create(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-            os.close(fd)
-        except BlockingIOError:
-            holder = os.pread(fd, 4096, 0).decode(errors="replace") or "unknown"
-            os.close(fd)
-            raise OutputError(
-                f"{subject}: another run is writing it ({holder}). Wait for it, or end it first."
-            ) from None
-        except OSError as error:
-            os.close(fd)
-            raise OutputError(f"{path}: the file system has no locks: {error.strerror}. Choose another.") from error

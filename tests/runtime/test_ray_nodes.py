@@ -51,7 +51,9 @@ class World(NamedTuple):
     def run(self, out: Path, progress: Callable[[rv.Progress], None] | None = None, **how: Any) -> rv.Manifest:
         target, donor, reference = (str(self.models / role) for role in ("target", "donor", "reference"))
         options = rv.RunOptions(runtime="ray", **how)
-        return rv.transfer(target, donor, reference, str(out), plan_options=SMALL, run_options=options, progress=progress)
+        return rv.transfer(
+            target, donor, reference, str(out), plan_options=SMALL, run_options=options, progress=progress
+        )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -103,7 +105,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         patch.setenv(throttle.RATE, str(rate))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(throttle.__file__).parent), *sys_path()]))
         # A dead or frozen node is found out in seconds, not in a minute.
-        health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+        health = {
+            "health_check_initial_delay_ms": 0,
+            "health_check_period_ms": 1000,
+            "health_check_failure_threshold": 5,
+        }
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20, "_system_config": health}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
@@ -284,9 +290,9 @@ def test_node_labels_choose_the_nodes(world: World, tmp_path: Path, joined: Call
     with world.nodes({}, {"labels": {"storage": "near"}}) as nodes:
         world.run(tmp_path / "out", node_labels={"storage": "near"})
         assert contents(tmp_path / "out") == world.expected
-        assert {found.node for found in joined()} == {nodes[1].unique_id} or {
-            found.node for found in joined()
-        } == {nodes[1].node_id}
+        assert {found.node for found in joined()} == {nodes[1].unique_id} or {found.node for found in joined()} == {
+            nodes[1].node_id
+        }
 
 
 def test_every_gpu_gets_a_worker(world: World, tmp_path: Path, joined: Callable[[], list[Joined]]) -> None:

@@ -1,40 +1,15 @@
-"""Files that appear whole or not at all, and a lock that the kernel frees."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from rv_distributed.errors import OutputError
-from rv_distributed.storage.publish import locked, preallocate, publish, recover, remove, write_durably
-
-HOLD = """
-import sys
-from rv_distributed.storage.publish import locked
-with locked(sys.argv[1], subject="out"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-TRY = """
-import sys
-from rv_distributed.errors import OutputError
-from rv_distributed.storage.publish import locked
-try:
-    with locked(sys.argv[1], subject="/models/out"):
-        print("held")
-except OutputError as error:
-    print(error)
-"""
+from rv_distributed.storage.publish import preallocate, publish, recover, remove, write_durably
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 1_000_003])
@@ -224,50 +199,3 @@ def test_removing_takes_a_folder_a_file_or_a_link_and_leaves_what_a_link_leads_t
         remove(str(tmp_path / name))
     assert os.listdir(tmp_path) == ["elsewhere"]
     assert contents(elsewhere) == {"a": b"kept", "file": b"kept"}
-
-
-@contextmanager
-def holder(lock: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock until its standard input closes."""
-    command = [sys.executable, "-c", HOLD, str(lock)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
-
-
-def test_a_lock_that_another_process_holds_is_refused_by_its_pid_until_that_is_killed(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    with holder(lock) as process:
-        with (
-            pytest.raises(OutputError, match=rf'^/models/out: .*"pid": {process.pid}\b'),
-            locked(str(lock), subject="/models/out"),
-        ):
-            pytest.fail("two processes hold the lock")
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        with locked(str(lock), subject="/models/out"):
-            assert f'"pid": {os.getpid()}}}' in lock.read_text()
-
-
-def test_a_second_process_is_told_who_holds_the_lock_and_gets_it_later(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    command = [sys.executable, "-c", TRY, str(lock)]
-    lock.write_text('{"host": "an earlier and much longer name of a machine", "pid": 123456789}')
-    with locked(str(lock), subject="out"):
-        refused = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert refused.startswith("/models/out: another run is writing it (")
-    assert f'"pid": {os.getpid()}}})' in refused
-    assert "Wait for it" in refused
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "held\n"
-
-
-def test_a_lock_is_free_after_an_error_inside_it(tmp_path: Path) -> None:
-    lock = str(tmp_path / "lock")
-    with pytest.raises(KeyError), locked(lock, subject="out"):
-        raise KeyError
-    with locked(lock, subject="out"), pytest.raises(OutputError), locked(lock, subject="out"):
-        pytest.fail("the lock was given twice")
