@@ -36,7 +36,7 @@ def test_a_share_adds_up_what_a_worker_did() -> None:
 
 
 def test_the_progress_file_says_how_far_the_run_is_and_why_it_stopped(models: Path, tmp_path: Path) -> None:
-    roles = [str(models / role) for role in ("target", "donor", "reference")]
+    target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
     path = tmp_path / ".out.rv" / "progress.json"
     begun: list[dict[str, object]] = []
     seen: list[rv.Progress] = []
@@ -49,7 +49,7 @@ def test_the_progress_file_says_how_far_the_run_is_and_why_it_stopped(models: Pa
 
     options = rv.RunOptions(runtime="local", workers=1)
     with pytest.raises(RuntimeError):
-        rv.transfer(*roles, str(tmp_path / "out"), plan_options=SMALL, run_options=options, progress=progress)
+        rv.transfer(target, donor, reference, str(tmp_path / "out"), plan_options=SMALL, run_options=options, progress=progress)
     assert begun[0]["state"] == "running"
     document = json.loads(path.read_bytes())
     assert (document["state"], document["why"]) == ("stopped", "RuntimeError: enough\\x1b[31m")
@@ -57,7 +57,7 @@ def test_the_progress_file_says_how_far_the_run_is_and_why_it_stopped(models: Pa
     assert document["pieces_total"] == seen[0].pieces_total > 3
     (share,) = document["workers"].values()
     assert (share["pieces"], share["bytes_written"]) == (3, document["bytes_written"])
-    rv.transfer(*roles, str(tmp_path / "out"), plan_options=SMALL, run_options=options)
+    rv.transfer(target, donor, reference, str(tmp_path / "out"), plan_options=SMALL, run_options=options)
     assert not path.parent.exists()
 
 

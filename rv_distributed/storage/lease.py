@@ -39,8 +39,13 @@ class Lease:
 
     def __init__(self, path: str, fd: int, subject: str) -> None:
         self._path, self._fd, self._subject = path, fd, subject
-        self._holder = {"kernel": _kernel(), "token": secrets.token_hex(8), "beat": 0}
-        self._holder |= {"host": socket.gethostname(), "pid": os.getpid()}
+        self._holder: dict[str, Any] = {
+            "kernel": _kernel(),
+            "token": secrets.token_hex(8),
+            "beat": 0,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
         self._ended = threading.Event()
         self._one_at_a_time = threading.Lock()
         self.lost = False
