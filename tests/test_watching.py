@@ -48,8 +48,9 @@ def test_the_progress_file_says_how_far_the_run_is_and_why_it_stopped(models: Pa
             raise RuntimeError("enough\x1b[31m")
 
     options = rv.RunOptions(runtime="local", workers=1)
+    out = str(tmp_path / "out")
     with pytest.raises(RuntimeError):
-        rv.transfer(target, donor, reference, str(tmp_path / "out"), plan_options=SMALL, run_options=options, progress=progress)
+        rv.transfer(target, donor, reference, out, plan_options=SMALL, run_options=options, progress=progress)
     assert begun[0]["state"] == "running"
     document = json.loads(path.read_bytes())
     assert (document["state"], document["why"]) == ("stopped", "RuntimeError: enough\\x1b[31m")
@@ -57,7 +58,7 @@ def test_the_progress_file_says_how_far_the_run_is_and_why_it_stopped(models: Pa
     assert document["pieces_total"] == seen[0].pieces_total > 3
     (share,) = document["workers"].values()
     assert (share["pieces"], share["bytes_written"]) == (3, document["bytes_written"])
-    rv.transfer(target, donor, reference, str(tmp_path / "out"), plan_options=SMALL, run_options=options)
+    rv.transfer(target, donor, reference, out, plan_options=SMALL, run_options=options)
     assert not path.parent.exists()
 
 

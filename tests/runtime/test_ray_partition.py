@@ -77,9 +77,11 @@ def namespaces(count: int) -> Iterator[list[str]]:
 @contextmanager
 def inside(name: str, *command: str | Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """A process in a namespace; in the end it is killed with all its descendants."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     argv = ["ip", "netns", "exec", name, *map(str, command)]
-    with subprocess.Popen(argv, text=True, env=environment, stderr=subprocess.STDOUT, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        argv, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT
+    ) as process:
         try:
             yield process
         finally:
