@@ -28,6 +28,7 @@ _MB = 1e6
 _LOCAL = ("--runtime", "local")
 _RAY = ("--runtime", "ray")
 _PEERS = str(Path(__file__).with_name("peers.py"))
+_SCALING = str(Path(__file__).with_name("scaling.py"))
 
 
 class Row(NamedTuple):
@@ -58,6 +59,8 @@ def rows_of(bench: Bench) -> Iterator[Row]:
         yield Row(f"memory-{shape.name}", (shape,), partial(_memory, bench, shape))
     yield Row("plan", (size.plan,), partial(_plan, bench))
     yield Row("scheduling", (size.pieces, shapes.pieces(1)), partial(_scheduling, bench))
+    yield Row("scaling", (size.slow,), partial(_scaling, bench))
+    yield Row("large", (size.plan,), partial(_large, bench))
     yield Row("help", (), partial(_help, bench))
 
 
@@ -207,6 +210,49 @@ def _scheduling(bench: Bench) -> list[Figure]:
     detail = f"{count} pieces; {median(walls) * 1000 / count:.3g} ms of wall time a piece"
     what = "driver's CPU time for a piece of 64 KiB, Ray, two workers"
     return [Figure("scheduling", what, median(each), "ms", Goal("≤", 1, "ms"), detail, {**raw, "run_s": walls})]
+
+
+def _scaling(bench: Bench) -> list[Figure]:
+    """What several workers write together, over so many times what one writes; all wait for slow reads."""
+    triple, counts = bench.triple(bench.size.slow), bench.size.workers
+    # So slow that the most workers are busy for three times as long as they are watched.
+    rate = 3 * bench.size.slow.nbytes / counts[-1] / (3 * bench.size.seconds)
+
+    def side(workers: int) -> float:
+        flags = ("--workers", workers, "--rate", rate, "--seconds", bench.size.seconds)
+        command = [sys.executable, _SCALING, "throughput", str(bench.ours), *map(str, triple), *map(str, flags)]
+        return float(json.loads(measure.run(command).stdout)["bytes_per_s"])
+
+    raw = {str(count): list[float]() for count in counts}
+    for _ in range(bench.size.repeats):
+        for count in counts:
+            bench.clear()
+            measure.warm(triple.files())
+            raw[str(count)].append(side(count))
+    bench.clear()
+    one = raw[str(counts[0])]
+    shares = {
+        count: median([many / count / single for many, single in zip(raw[str(count)], one, strict=True)])
+        for count in counts[1:]
+    }
+    detail = ", ".join(f"{count} workers {share:.1%}" for count, share in shares.items())
+    what = "throughput over so many times that of one worker, storage of a fixed speed each, two raylets"
+    return [Figure("scaling", what, 100 * min(shares.values()), "%", Goal("≥", 95, "%"), detail, raw)]
+
+
+def _large(bench: Bench) -> list[Figure]:
+    """The driver's own work for the largest plan, when nothing has to be waited for."""
+    triple = bench.triple(bench.size.plan)
+    command = [sys.executable, _SCALING, "large", str(bench.ours), *map(str, triple)]
+    found = [json.loads(measure.run(command).stdout) for _ in range(bench.size.repeats)]
+    bench.clear()
+    parts = {name: [run[name] for run in found] for name in found[0] if name.endswith("_s")}
+    detail = f"{found[0]['pieces']} pieces, {found[0]['tensors']} tensors; " + ", ".join(
+        f"{name.removesuffix('_s')} {median(figures):.2g} s" for name, figures in parts.items()
+    )
+    what = f"driver's own work for {bench.size.plan.name}, without calls to workers"
+    total = [sum(run[name] for name in parts) for run in found]
+    return [Figure("large", what, median(total), "s", None, detail, parts)]
 
 
 def _help(bench: Bench) -> list[Figure]:

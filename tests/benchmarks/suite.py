@@ -65,20 +65,32 @@ class Size:
     plan: shapes.DataSet
     pieces: shapes.DataSet
     """A tensor for each piece to schedule."""
+    slow: shapes.DataSet
+    """For workers with slow storage; of them there are as many as ``workers`` says."""
+    workers: tuple[int, ...]
+    seconds: float
+    """How long all of them are watched at work."""
 
 
 def size_of(name: SizeName, repeats: int | None = None) -> Size:
     """toy: seconds, for CI; quick: smaller models, three rounds; full: the models that the goals are stated for."""
     half, small = shapes.decoder("qwen2.5-0.5b"), shapes.decoder("qwen2.5-1.5b")
+    memory: tuple[shapes.DataSet, ...]
     if name == "toy":
         toy, plan = shapes.decoder("toy"), shapes.deepseek("deepseek-toy", shapes.TOY_EXPERTS)
-        return Size(name, repeats or 1, toy, toy, (toy, shapes.one_tensor(8 << 20)), plan, shapes.pieces(24))
+        memory, slow = (toy, shapes.one_tensor(8 << 20)), shapes.one_tensor(48 << 20)
+        return Size(name, repeats or 1, toy, toy, memory, plan, shapes.pieces(24), slow, (1, 2), 0.5)
     if name == "quick":
         layers, tensor = shapes.decoder("qwen2.5-7b", 3), shapes.one_tensor(2_000_000_000)
-        return Size(name, repeats or 3, half, layers, (half, layers, tensor), shapes.deepseek(), shapes.pieces(1000))
+        memory = (half, layers, tensor)
+        return Size(
+            name, repeats or 3, half, layers, memory, shapes.deepseek(), shapes.pieces(1000), half, (1, 2, 4), 5.0
+        )
     layers, tensor = shapes.decoder("qwen2.5-7b", 16), shapes.one_tensor(8_000_000_000)
     memory = (small, layers, half, tensor)
-    return Size(name, repeats or 5, small, layers, memory, shapes.deepseek(), shapes.pieces(5000))
+    return Size(
+        name, repeats or 5, small, layers, memory, shapes.deepseek(), shapes.pieces(5000), small, (1, 2, 4, 8), 10.0
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,6 +228,7 @@ def test_a_node_that_is_drained_gets_no_new_pieces(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("quick_looks")
 def test_a_frozen_node_does_no_harm_when_it_wakes(world: World, tmp_path: Path) -> None:
     frozen: list[int] = []
@@ -253,7 +254,7 @@ def test_a_frozen_node_does_no_harm_when_it_wakes(world: World, tmp_path: Path) 
 
 
 def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not has_ended(pid):
         assert time.monotonic() < deadline, "a worker that was given up lives on"
         threading.Event().wait(0.1)

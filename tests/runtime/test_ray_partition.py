@@ -67,6 +67,8 @@ def namespaces(count: int) -> Iterator[list[str]]:
             ip("netns", "add", name)
             stack.callback(ip, "netns", "del", name)
             ip("link", "add", f"{name}v", "type", "veth", "peer", "name", "eth0", "netns", name)
+            # A namespace lasts as long as a process in it; this end is taken away at once, and with it the other.
+            stack.callback(ip, "link", "del", f"{name}v")
             ip("link", "set", f"{name}v", "master", tag, "up")
             ip("-n", name, "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")

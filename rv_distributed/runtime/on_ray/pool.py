@@ -9,6 +9,7 @@ node that is being drained gets no new pieces.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ MAX_ATTEMPTS: Final = 3
 _START_S: Final = 900.0
 #: How often the cluster is asked what became of it.
 _LOOK_S: Final = 5.0
+_COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _Call(NamedTuple):
@@ -242,5 +244,9 @@ def _wait(calls: list[Any], timeout_s: float) -> list[Any]:
 
 
 def _brief(error: RayError) -> str:
-    """The first line of an error of Ray's, which explains itself at length."""
-    return str(error).partition("\n")[0]
+    """The line that matters of an error of Ray's, which explains itself at length."""
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()] or [repr(error)]
+    line = lines[-1] if "creation task" in lines[0] else lines[0]
+    if "No module named" in line:
+        return f"{line}. Install rv-distributed, in the same version as here, on every node"
+    return line
