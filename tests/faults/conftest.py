@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
@@ -39,6 +41,11 @@ class World(NamedTuple):
 
     def rv(self, out: Path, *more: str | Path, faults: tuple[Fault, ...] = (), alpha: str = "0.7") -> Done:
         return self.zygote.run(*self.command(out, *more, alpha=alpha), faults=faults)
+
+    def process(self, out: Path) -> subprocess.CompletedProcess[str]:
+        """The same from the shell: a process that shares nothing with the others."""
+        command = [sys.executable, "-c", "from rv_distributed.cli import main; main()", *self.command(out)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def make_inputs(folder: Path) -> None:

@@ -127,10 +127,11 @@ class Zygote:
 
 
 def content_of(out: Path) -> dict[str, bytes]:
-    """Every file of an output; of the manifest, all that does not tell when and how fast it was made."""
+    """Every file of an output; of the manifest, all that does not tell when and how fast it was made, which its own
+    digest covers too."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     manifest = json.loads(files[MANIFEST])
-    del manifest["created"], manifest["timings"]
+    del manifest["created"], manifest["timings"], manifest["digest"]
     files[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
     return files
 
