@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from faults.harness import Done, Fault, Zygote, build_shim, content_of, why_no_shim
 from reference import weights, write_checkpoint
+
+from faults.harness import Done, Fault, Zygote, build_shim, content_of, why_no_shim
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "first": ("BF16", (1150, 1001)),

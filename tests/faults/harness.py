@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -148,3 +149,28 @@ def lost_bytes(found: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> int:
 
 def staged(out: Path) -> Path:
     return out.parent / f".{out.name}.rv"
+
+
+def flip(path: Path, choose: random.Random) -> None:
+    """Flip one bit of a file."""
+    with path.open("r+b") as file:
+        at = choose.randrange(path.stat().st_size)
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ (1 << choose.randrange(8))]))
+
+
+def damage(path: Path, choose: random.Random) -> None:
+    """What crashes, bad disks and people do to a file."""
+    content = path.read_bytes()
+    match choose.randrange(5):
+        case 0 | 1:
+            flip(path, choose)
+        case 2:
+            path.write_bytes(content[: choose.randrange(len(content))])
+        case 3:  # a page that never reached the disk
+            at = choose.randrange(len(content)) // 4096 * 4096
+            path.write_bytes(content[:at] + bytes(min(4096, len(content) - at)) + content[at + 4096 :])
+        case 4:
+            path.write_bytes(content + content[: choose.randrange(len(content))])
