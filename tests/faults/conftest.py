@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,6 +22,9 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "second": ("F32", (650_003,)),
     "third": ("F16", (999,)),
 }
+
+
+HITS = pytest.StashKey[Counter[str]]()
 
 
 class World(NamedTuple):
@@ -65,7 +69,7 @@ class _Shared(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Shared]:
+def _shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[_Shared]:
     if why := why_no_shim():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("faults")
@@ -79,6 +83,15 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Shared]:
             assert done.status == 0, done
             contents.append(content_of(root / alpha))
         yield _Shared(root / "inputs", zygote, *contents)
+        request.config.stash[HITS] = zygote.hits
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how often each fault came true."""
+    if hits := config.stash.get(HITS, None):
+        terminalreporter.write_sep("=", "faults")
+        for kind in sorted(hits):
+            terminalreporter.write_line(f"{kind}: {hits[kind]}")
 
 
 @pytest.fixture

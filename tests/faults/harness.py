@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,8 @@ class Done(NamedTuple):
     """Negative when it died of a signal."""
     stdout: str
     stderr: str
+    hits: Counter[str]
+    """How often each fault came true."""
 
 
 class Fault(NamedTuple):
@@ -59,6 +62,8 @@ class Zygote:
     def __init__(self, shim: Path, folder: Path) -> None:
         self._folder = folder
         self._child = 0
+        self.hits: Counter[str] = Counter()
+        """Of all runs."""
         environment = {**os.environ, "LD_PRELOAD": str(shim)}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py")],
@@ -89,7 +94,9 @@ class Zygote:
             "FAULT": ";".join(f"{f.calls},{f.where},{f.nth},{f.action}" for f in faults),
             "FAULT_SEED": str(seed),
             "FAULT_ROOT": str(self._folder),
+            "FAULT_HITS": str(self._hits),
         }
+        self._hits.write_text("")
         if log is not None:
             env["FAULT_LOG"] = str(log)
         outputs = {name: str(self._folder.parent / name) for name in ("stdout", "stderr")}
@@ -108,7 +115,13 @@ class Zygote:
         status = self._answer()["status"]
         self._child = 0
         stdout, stderr = ((self._folder.parent / name).read_text() for name in ("stdout", "stderr"))
-        return Done(status, stdout, stderr)
+        hits = Counter(_kind(*line.split()) for line in self._hits.read_text().splitlines())
+        self.hits += hits
+        return Done(status, stdout, stderr, hits)
+
+    @property
+    def _hits(self) -> Path:
+        return self._folder.parent / "hits"
 
     def abandon(self) -> None:
         """Kill the run that a test left behind when it failed, if it did."""
@@ -125,6 +138,15 @@ class Zygote:
         assert line, "the zygote died"
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def _kind(action: str, call: str) -> str:
+    match action:
+        case "kill" | "stop" | "term" | "int":
+            return f"SIG{action.upper()}"
+        case "short":
+            return f"short {call}"
+    return f"{action} on {'read' if call == 'read' else 'write and others'}"
 
 
 def content_of(out: Path) -> dict[str, bytes]:

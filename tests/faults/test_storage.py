@@ -122,7 +122,7 @@ def small_disk(world: World) -> Iterator[Path]:
 
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    command: list[str | Path] = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system takes root")
     try:

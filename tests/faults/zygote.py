@@ -49,8 +49,8 @@ def child(order: dict[str, Any]) -> None:
         os._exit(int(done.code or 0))
 
 
-def small_pieces(common: options.Common) -> PlanOptions:
-    return replace(plan_options(common), piece_bytes=MIB)
+def small_pieces(self: options.Common) -> PlanOptions:
+    return replace(plan_options(self), piece_bytes=MIB)
 
 
 plan_options = options.Common.plan_options

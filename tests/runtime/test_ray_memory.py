@@ -62,12 +62,14 @@ def working_actors() -> set[int]:
 def test_a_node_without_memory(tmp_path: Path, lasting: bool) -> None:
     """For a moment: other workers finish the run. If it lasts, the run ends, says why, and the next one resumes."""
     make_checkpoints(str(tmp_path / "models"))
-    roles = [str(tmp_path / "models" / role) for role in ("target", "donor", "reference")]
+    target, donor, reference = (str(tmp_path / "models" / role) for role in ("target", "donor", "reference"))
     small = PlanOptions(max_shard_bytes=5_000_000, piece_bytes=PIECE_ALIGNMENT)
 
     def make(out: Path, runtime: Any, progress: rv.ProgressCallback | None = None) -> rv.Manifest:
         options = rv.RunOptions(runtime=runtime, workers=2)
-        return rv.transfer(*roles, str(out), plan_options=small, run_options=options, progress=progress)
+        return rv.transfer(
+            target, donor, reference, str(out), plan_options=small, run_options=options, progress=progress
+        )
 
     def contents(out: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "rv_manifest.json"}

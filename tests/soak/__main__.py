@@ -50,15 +50,15 @@ def soak(minutes: float, seed: int, *, most_rounds: int | None = None) -> int:
 
 def _totals(tally: Tally) -> str:
     return (
-        f"{tally.rounds} checkpoints, {tally.runs} runs, {sum(tally.tried.values())} faults, "
+        f"{tally.rounds} checkpoints, {tally.runs} runs, {tally.came_true.total()} faults, "
         f"{tally.pieces_kept} pieces kept in {tally.resumed} resumed runs, {tally.bytes_lost} bytes lost"
     )
 
 
 def table(tally: Tally, seconds: float) -> str:
-    """What was tried, in Markdown."""
-    lines = ["", "| fault | times | runs that it ended |", "| --- | ---: | ---: |"]
-    lines += [f"| {kind} | {tally.tried[kind]} | {tally.stopped[kind]} |" for kind in sorted(tally.tried)]
+    """What happened, in Markdown."""
+    lines = ["", "| fault | times | runs that failed of it |", "| --- | ---: | ---: |"]
+    lines += [f"| {kind} | {tally.came_true[kind]} | {tally.stopped[kind]} |" for kind in sorted(+tally.came_true)]
     lines += ["", f"{_totals(tally)}; {tally.bytes_compared} bytes compared;"]
     lines += [f"{tally.looks} looks at outputs while runs went on; {seconds / 60:.1f} minutes"]
     return "\n".join(lines)
