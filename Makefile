@@ -7,10 +7,14 @@ TORCH ?= torch==2.13.0
 SIZE ?= quick
 MERGEKIT ?=
 
+# Of the soak: how long, and the seed of its first round (SEED=1234 repeats what it reported).
+MINUTES ?= 20
+SEED ?=
+
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow bench lint format typecheck imports audit build check-wheel clean
+.PHONY: help demo test test-slow soak bench lint format typecheck imports audit build check-wheel clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +41,9 @@ test: $(VENV)/.dev  ## the tests
 
 test-slow: $(VENV)/.dev  ## the slow tests
 	$(BIN)/pytest -m slow
+
+soak: $(VENV)/.dev  ## random jobs under random faults; MINUTES=20
+	cd tests && ../$(BIN)/python -m soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.dev  ## the benchmarks, beside mergekit; SIZE=toy, quick or full
 	$(BIN)/python tests/benchmarks --size $(SIZE) $(if $(MERGEKIT),--mergekit $(MERGEKIT))

@@ -176,10 +176,11 @@ def without_weights(role: Path) -> None:
 
 def changed_in_the_middle(role: Path) -> None:
     path = role / "model.safetensors"
-    flip(path, path.stat().st_size // 2 + 100)
+    flip(path, path.stat().st_size // 2 + 5000)  # in the fingerprint's sample, behind the middle of the data
 
 
 def another_model(role: Path) -> None:
+    shutil.rmtree(role)
     write_checkpoint(role, {"other": weights(np.random.default_rng(0), "BF16", (3, 3))})
 
 

@@ -129,15 +129,17 @@ def _check_shards(
 
 def _check_layout(folder: PosixFolder, shard: ShardEntry, rows: list[TensorRow]) -> list[Finding]:
     """Compare a shard's header with the table, and both with the digest in the manifest."""
+    # By the table, which is as it was written: the length in the header itself may be what was changed.
+    stop = min((row.start for row in rows), default=shard.bytes)
     try:
         length = header_bytes(folder.read(shard.name, 0, LENGTH_BYTES), file_bytes=shard.bytes)
         raw = folder.read(shard.name, 0, LENGTH_BYTES + length)
         entries = parse_header(raw[LENGTH_BYTES:], data_bytes=shard.bytes - len(raw)).entries
     except HeaderError as error:
-        return [Finding(shard.name, error.what, error.tensor, 0, LENGTH_BYTES)]
+        return [Finding(shard.name, error.what, error.tensor, 0, stop)]
     laid_out = {name: (e.dtype, e.shape, len(raw) + e.start, len(raw) + e.stop) for name, e in entries.items()}
     if laid_out != {row.name: (row.dtype, row.shape, row.start, row.stop) for row in rows}:
-        return [Finding(shard.name, f"has a header that does not fit {TABLE_FILE}", None, 0, len(raw))]
+        return [Finding(shard.name, f"has a header that does not fit {TABLE_FILE}", None, 0, stop)]
     for row in rows:
         digests = [part.digest for part in row.parts] or [NO_BYTES]
         borders = [row.start, *(part.stop for part in row.parts)]
@@ -148,7 +150,7 @@ def _check_layout(folder: PosixFolder, shard: ShardEntry, rows: list[TensorRow])
         ):
             return [Finding(TABLE_FILE, "has parts that do not make up the tensor", row.name)]
     if shard_digest(raw, [part.digest for row in rows for part in row.parts]) != shard.digest:
-        return [Finding(shard.name, "has a header that differs from what was written", None, 0, len(raw))]
+        return [Finding(shard.name, "has a header that differs from what was written", None, 0, stop)]
     return []
 
 

@@ -220,4 +220,6 @@ def test_other_files_of_the_same_weights_are_warned_of_after_the_run(tmp_path: P
     assert f"warning: {warning}Check that donor and reference are" in done.stderr
     (told,) = json.loads(done.stdout)["warnings"]
     assert told.startswith(warning)
-    assert run_rv(*transfer(make_models(tmp_path / "others"), models / "out2")).stderr == ""
+    others = make_models(tmp_path / "others")
+    assert run_rv(*transfer(others, models / "out2")).stderr == ""
+    assert run_rv(*transfer(others, models / "out-{alpha}", "--alpha", "0,1")).stderr == ""

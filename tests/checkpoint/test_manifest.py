@@ -168,7 +168,8 @@ def test_a_manifest_comes_back_as_it_was_written() -> None:
 def test_the_stored_document_is_readable_text_with_its_fields_in_order() -> None:
     raw = MANIFEST.to_json()
     assert raw.startswith(b'{\n  "operation": "transfer",\n')
-    assert raw.endswith(b'\n  "schema_version": 1\n}\n')
+    assert b'\n  "schema_version": 1,\n  "digest": "' in raw
+    assert raw.endswith(b'"\n}\n')
     assert "target + 0.7·(donor − reference)".encode() in raw
 
 

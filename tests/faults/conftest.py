@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,14 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from faults.harness import Done, Fault, Zygote, build_shim, content_of, why_no_shim
 from reference import weights, write_checkpoint
+
+from faults.harness import Done, Fault, Zygote, build_shim, content_of, why_no_shim
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "first": ("BF16", (1150, 1001)),
     "second": ("F32", (650_003,)),
     "third": ("F16", (999,)),
 }
+
+
+HITS = pytest.StashKey[Counter[str]]()
 
 
 class World(NamedTuple):
@@ -40,6 +47,11 @@ class World(NamedTuple):
     def rv(self, out: Path, *more: str | Path, faults: tuple[Fault, ...] = (), alpha: str = "0.7") -> Done:
         return self.zygote.run(*self.command(out, *more, alpha=alpha), faults=faults)
 
+    def process(self, out: Path) -> subprocess.CompletedProcess[str]:
+        """The same from the shell: a process that shares nothing with the others."""
+        command = [sys.executable, "-c", "from rv_distributed.cli import main; main()", *self.command(out)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
 
 def make_inputs(folder: Path) -> None:
     for number, role in enumerate(("target", "donor", "reference")):
@@ -57,7 +69,7 @@ class _Shared(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Shared]:
+def _shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[_Shared]:
     if why := why_no_shim():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("faults")
@@ -71,6 +83,15 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Shared]:
             assert done.status == 0, done
             contents.append(content_of(root / alpha))
         yield _Shared(root / "inputs", zygote, *contents)
+        request.config.stash[HITS] = zygote.hits
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how often each fault came true."""
+    if hits := config.stash.get(HITS, None):
+        terminalreporter.write_sep("=", "faults")
+        for kind in sorted(hits):
+            terminalreporter.write_line(f"{kind}: {hits[kind]}")
 
 
 @pytest.fixture

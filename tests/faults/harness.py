@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +43,8 @@ class Done(NamedTuple):
     """Negative when it died of a signal."""
     stdout: str
     stderr: str
+    hits: Counter[str]
+    """How often each fault came true."""
 
 
 class Fault(NamedTuple):
@@ -58,6 +62,8 @@ class Zygote:
     def __init__(self, shim: Path, folder: Path) -> None:
         self._folder = folder
         self._child = 0
+        self.hits: Counter[str] = Counter()
+        """Of all runs."""
         environment = {**os.environ, "LD_PRELOAD": str(shim)}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py")],
@@ -88,7 +94,9 @@ class Zygote:
             "FAULT": ";".join(f"{f.calls},{f.where},{f.nth},{f.action}" for f in faults),
             "FAULT_SEED": str(seed),
             "FAULT_ROOT": str(self._folder),
+            "FAULT_HITS": str(self._hits),
         }
+        self._hits.write_text("")
         if log is not None:
             env["FAULT_LOG"] = str(log)
         outputs = {name: str(self._folder.parent / name) for name in ("stdout", "stderr")}
@@ -107,7 +115,13 @@ class Zygote:
         status = self._answer()["status"]
         self._child = 0
         stdout, stderr = ((self._folder.parent / name).read_text() for name in ("stdout", "stderr"))
-        return Done(status, stdout, stderr)
+        hits = Counter(_kind(*line.split()) for line in self._hits.read_text().splitlines())
+        self.hits += hits
+        return Done(status, stdout, stderr, hits)
+
+    @property
+    def _hits(self) -> Path:
+        return self._folder.parent / "hits"
 
     def abandon(self) -> None:
         """Kill the run that a test left behind when it failed, if it did."""
@@ -126,11 +140,21 @@ class Zygote:
         return answer
 
 
+def _kind(action: str, call: str) -> str:
+    match action:
+        case "kill" | "stop" | "term" | "int":
+            return f"SIG{action.upper()}"
+        case "short":
+            return f"short {call}"
+    return f"{action} on {'read' if call == 'read' else 'write and others'}"
+
+
 def content_of(out: Path) -> dict[str, bytes]:
-    """Every file of an output; of the manifest, all that does not tell when and how fast it was made."""
+    """Every file of an output; of the manifest, all that does not tell when and how fast it was made, which its own
+    digest covers too."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     manifest = json.loads(files[MANIFEST])
-    del manifest["created"], manifest["timings"]
+    del manifest["created"], manifest["timings"], manifest["digest"]
     files[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
     return files
 
@@ -147,3 +171,28 @@ def lost_bytes(found: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> int:
 
 def staged(out: Path) -> Path:
     return out.parent / f".{out.name}.rv"
+
+
+def flip(path: Path, choose: random.Random) -> None:
+    """Flip one bit of a file."""
+    with path.open("r+b") as file:
+        at = choose.randrange(path.stat().st_size)
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ (1 << choose.randrange(8))]))
+
+
+def damage(path: Path, choose: random.Random) -> None:
+    """What crashes, bad disks and people do to a file."""
+    content = path.read_bytes()
+    match choose.randrange(5):
+        case 0 | 1:
+            flip(path, choose)
+        case 2:
+            path.write_bytes(content[: choose.randrange(len(content))])
+        case 3:  # a page that never reached the disk
+            at = choose.randrange(len(content)) // 4096 * 4096
+            path.write_bytes(content[:at] + bytes(min(4096, len(content) - at)) + content[at + 4096 :])
+        case 4:
+            path.write_bytes(content + content[: choose.randrange(len(content))])

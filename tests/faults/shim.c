@@ -10,7 +10,8 @@
  * FAULT_SEED. ACTION: kill or stop (this process, before the call), short (a count smaller than asked for), term or int
  * (send that signal), or the name of an error.
  *
- * FAULT_LOG names a file that gets a line "CALL PATH" for every call below FAULT_ROOT, in order.
+ * FAULT_LOG names a file that gets a line "CALL PATH" for every call below FAULT_ROOT, in order. FAULT_HITS names one
+ * that gets a line "ACTION CALL" for every fault that came true.
  *
  * Nothing happens before rv_fault_arm() is called, which a constructor does when FAULT_AT_START is set.
  */
@@ -42,7 +43,7 @@ struct fault {
 };
 
 static struct fault faults[MAX_FAULTS];
-static int fault_count, armed, log_fd = -1;
+static int fault_count, armed, log_fd = -1, hits_fd = -1;
 static unsigned long long random_state;
 static char root[PATH_MAX];
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -57,8 +58,17 @@ static void misused(const char *what) {
     _exit(99);
 }
 
+static int appending(const char *path) {
+    return path ? syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666) : -1;
+}
+
+static void append(int fd, const char *one, const char *other) {
+    char line[PATH_MAX + 32];
+    if (fd >= 0) syscall(SYS_write, fd, line, snprintf(line, sizeof line, "%s %s\n", one, other));
+}
+
 void rv_fault_arm(void) {
-    const char *text = getenv("FAULT"), *seed = getenv("FAULT_SEED"), *path = getenv("FAULT_LOG");
+    const char *text = getenv("FAULT"), *seed = getenv("FAULT_SEED");
     char copy[8192], *rest = copy, *one;
     snprintf(copy, sizeof copy, "%s", text ? text : "");
     fault_count = 0;
@@ -77,7 +87,8 @@ void rv_fault_arm(void) {
     }
     random_state = 0x9E3779B97F4A7C15ull ^ strtoull(seed ? seed : "1", NULL, 10) * 0xD1342543DE82EF95ull;
     snprintf(root, sizeof root, "%s", getenv("FAULT_ROOT") ? getenv("FAULT_ROOT") : "/");
-    if (path) log_fd = syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    log_fd = appending(getenv("FAULT_LOG"));
+    hits_fd = appending(getenv("FAULT_HITS"));
     armed = 1;
 }
 
@@ -104,16 +115,13 @@ static int decide(const char *call, const char *path) {
     int verdict = PROCEED;
     if (!armed || strncmp(path, root, strlen(root)) != 0) return PROCEED;
     pthread_mutex_lock(&mutex);
-    if (log_fd >= 0) {
-        char line[PATH_MAX + 32];
-        int length = snprintf(line, sizeof line, "%s %s\n", call, path);
-        syscall(SYS_write, log_fd, line, length);
-    }
+    append(log_fd, call, path);
     for (int i = 0; i < fault_count && verdict == PROCEED; i++) {
         struct fault *f = &faults[i];
         if (!names(f->calls, call) || !strstr(path, f->where)) continue;
         f->seen++;
         if (f->random ? !one_in(f->nth) : f->onwards ? f->seen < f->nth : f->seen != f->nth) continue;
+        append(hits_fd, f->action, call);
         if (!strcmp(f->action, "kill")) {
             syscall(SYS_kill, getpid(), SIGKILL);
         } else if (!strcmp(f->action, "stop")) {

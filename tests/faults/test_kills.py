@@ -112,7 +112,7 @@ def test_killed_at_every_step_of_a_run(world: World, options: tuple[str, ...]) -
 def test_killed_again_and_again_at_random_moments(world: World, seed: int) -> None:
     """With several streams, and each resumed run killed too, until one comes through."""
     choose, out = random.Random(seed), world.place / "out"  # noqa: S311
-    for kills in range(100):
+    for _ in range(100):
         fault = Fault("write|open|fsync|rename", ".out.rv/", choose.randint(1, 90), "kill")
         kept = records_of(out)
         done = world.zygote.run(*world.command(out, workers=choose.choice((2, 3))), faults=(fault,))

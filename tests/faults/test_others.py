@@ -68,9 +68,9 @@ def test_an_input_that_changes_during_the_run_is_never_published(
         assert refused.status == 2
         assert f"{role}.files.{WEIGHTS}" in refused.stderr
         assert own.rv(out, "--restart").status == 0
-        assert (content_of(out)["model-00002-of-00002.safetensors"] == world.wanted["model-00002-of-00002.safetensors"]) == (
-            change is replace
-        )
+        assert (
+            content_of(out)["model-00002-of-00002.safetensors"] == world.wanted["model-00002-of-00002.safetensors"]
+        ) == (change is replace)
 
 
 def test_a_second_run_on_an_output_is_refused_by_the_first_ones_name(world: World) -> None:

@@ -8,37 +8,12 @@ import random
 import re
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 
 from faults.conftest import World
-from faults.harness import STEPS, content_of, lost_bytes, staged
+from faults.harness import STEPS, Fault, content_of, damage, lost_bytes, staged
 from faults.test_kills import PIECES, copies, finished_pieces
-
-
-def flip(path: Path, choose: random.Random) -> None:
-    with path.open("r+b") as file:
-        at = choose.randrange(path.stat().st_size)
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ (1 << choose.randrange(8))]))
-
-
-def damage(path: Path, choose: random.Random) -> None:
-    """What crashes, bad disks and people do to a file."""
-    content = path.read_bytes()
-    match choose.randrange(5):
-        case 0 | 1:
-            flip(path, choose)
-        case 2:
-            path.write_bytes(content[: choose.randrange(len(content))])
-        case 3:  # a page that never reached the disk
-            at = choose.randrange(len(content)) // 4096 * 4096
-            path.write_bytes(content[:at] + bytes(min(4096, len(content) - at)) + content[at + 4096 :])
-        case 4:
-            path.write_bytes(content + content[: choose.randrange(len(content))])
 
 
 def test_damage_to_records_and_staged_shards_is_found_and_made_again(world: World) -> None:
@@ -142,8 +117,6 @@ def test_a_finished_output_leaves_the_pieces_of_a_later_overwrite_alone(world: W
 
 
 def test_what_a_published_run_left_is_cleaned_up_by_the_next(world: World) -> None:
-    from faults.harness import Fault
-
     out = world.place / "out"
     assert world.rv(out, faults=(Fault("unlink", "records.jsonl", 1, "kill"),)).status == -signal.SIGKILL
     assert staged(out).exists()
