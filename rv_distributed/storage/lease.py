@@ -85,7 +85,10 @@ class Lease:
     def _write(self) -> None:
         data = json.dumps(self._holder).encode()
         with self._one_at_a_time:
-            os.pwrite(self._fd, data, 0)
+            # A file object goes on after a short write, as os.pwrite does not.
+            with open(self._fd, "wb", closefd=False) as file:
+                file.seek(0)
+                file.write(data)
             os.ftruncate(self._fd, len(data))
 
 
