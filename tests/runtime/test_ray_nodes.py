@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -260,6 +263,34 @@ def wait_for_end(pid: int) -> None:
         threading.Event().wait(0.1)
 
 
+@pytest.mark.slow
+def test_a_driver_that_is_killed_is_started_again_and_goes_on(world: World, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    roles = [text for role in ("target", "donor", "reference") for text in (f"--{role}", str(world.models / role))]
+    # As the demo's: pieces of the command line are 64 MiB, and shards may be smaller.
+    how = ["--runtime", "ray", "--address", world.cluster.address, "--max-shard-size", "1MB", "--out", str(out)]
+    command = [sys.executable, "-c", "from rv_distributed.cli import main; main()", "transfer", *roles, *how]
+    slow = json.dumps({"runtime_env": {"worker_process_setup_hook": "throttle.slow_reads"}})
+    environment = {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": slow}
+    with world.nodes({}, {}, rate=SLOW):
+        with log.open("wb") as file:
+            driver = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        progress = tmp_path / ".out.rv" / "progress.json"
+        try:
+            while not progress.exists() or json.loads(progress.read_bytes())["pieces"] < 2:
+                assert driver.poll() is None, log.read_text()
+                threading.Event().wait(0.05)
+        finally:
+            driver.kill()
+            driver.wait()
+        assert not out.exists()
+        again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250, check=False)
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"^[1-9]\d* of \d+ pieces kept from an earlier run$", again.stdout, re.MULTILINE)
+    rv.verify(str(out))
+    rv.verify_against_inputs(str(out))
+
+
 def test_workers_per_node_limits_them(world: World, tmp_path: Path, joined: Callable[[], list[Joined]]) -> None:
     with world.nodes({"num_cpus": 4}, {"num_cpus": 4}):
         world.run(tmp_path / "out", workers_per_node=1)
@@ -311,7 +342,7 @@ def test_no_tensor_goes_through_the_object_store_or_the_driver(world: World, tmp
     assert max(stored) < 1_000_000
 
 
-def test_what_the_workers_count_is_exported(world: World, tmp_path: Path) -> None:
+def test_what_the_workers_count_is_exported_and_what_they_do_is_logged(world: World, tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client", reason="Ray exports its metrics with ray[default]")
     with world.nodes({}) as nodes:
         manifest = world.run(tmp_path / "out")
@@ -322,6 +353,18 @@ def test_what_the_workers_count_is_exported(world: World, tmp_path: Path) -> Non
         assert values["ray_rv_written_bytes_total"] == timings.bytes_written
         assert values["ray_rv_read_bytes_total"] == timings.bytes_read
         assert set(values) <= {f"ray_{name}_total" for name in metrics.METRIC_NAMES}
+        lines = [json.loads(line) for line in worker_logs(nodes[0]) if line.startswith('{"time"')]
+    done = [line for line in lines if line["event"] == "piece done" and line["node"] == nodes[0].node_id]
+    assert sorted(line["piece"] for line in done) == list(range(timings.pieces))
+    assert {(line["level"], line["attempt"]) for line in done} == {("info", 1)}
+    assert sum(line["bytes"] for line in done) == timings.bytes_written
+    assert all(line["job"] and line["worker"] and line["seconds"] >= 0 for line in done)
+
+
+def worker_logs(node: Any) -> Iterator[str]:
+    """All lines that workers wrote into their logs in the session folder."""
+    for path in Path(node.get_logs_dir_path()).glob("worker-*.err"):
+        yield from path.read_text(errors="replace").splitlines()
 
 
 def wait_for_metrics(url: str, name: str) -> dict[str, float]:
