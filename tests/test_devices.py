@@ -21,7 +21,7 @@ import rv_distributed as rv
 
 ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 try:
-    rv.transfer(*sys.argv[1:], run_options=rv.RunOptions(runtime="ray"))
+    rv.transfer(*sys.argv[1:], run_options=rv.RunOptions(runtime="ray", device="cuda"))
 except rv.UsageError as error:
     print(error)
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -94,7 +95,8 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(world: World) -> No
     assert str(pid) in (staged(out) / "lock").read_text()
     done = world.rv(out)
     assert (done.status, done.stderr) == (0, "")
-    assert f"2 of {PIECES} pieces kept" in done.stdout
+    # The second piece is finished, and its record may have been written or not.
+    assert re.search(rf"^[12] of {PIECES} pieces kept", done.stdout, re.MULTILINE)
     assert lost_bytes(content_of(out), world.wanted) == 0
 
 

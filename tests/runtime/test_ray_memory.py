@@ -28,13 +28,13 @@ def tight_ray() -> Iterator[None]:
     from ray._private.utils import get_system_memory, get_used_memory
 
     total, used = get_system_memory(), get_used_memory()
-    if total - used < 7 * GIB:
-        pytest.skip("less than 7 GiB of memory are free")
+    if total - used < 9 * GIB:
+        pytest.skip("less than 9 GiB of memory are free")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         patch.setenv("RAY_memory_monitor_refresh_ms", "50")
-        patch.setenv("RAY_memory_usage_threshold", f"{(used + 3 * GIB) / total:.4f}")
+        patch.setenv("RAY_memory_usage_threshold", f"{(used + 5 * GIB) / total:.4f}")
         quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
         ray.init(address="local", num_cpus=2, object_store_memory=80 << 20, **quiet)
         try:
@@ -81,7 +81,7 @@ def test_a_node_without_memory(tmp_path: Path, lasting: bool) -> None:
             if now.pieces != 2:
                 return
             before = working_actors()
-            command = [sys.executable, "-c", HOG, str(4 * GIB)]
+            command = [sys.executable, "-c", HOG, str(6 * GIB)]
             hog = held.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
             held.callback(hog.kill)
             assert hog.stdout is not None

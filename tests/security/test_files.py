@@ -18,7 +18,7 @@ RV = [sys.executable, "-c", "from rv_distributed.cli import main; main()"]
 STAGED = """
 from rv_distributed.staging import Staging
 
-def stop(self):
+def stop(self, manifest):
     raise OSError("stopped here")
 
 Staging.publish = stop
