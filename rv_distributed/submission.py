@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import queue
 import shlex
@@ -316,6 +317,9 @@ class Follower:
 
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
+
+    # It tells of every stream that ends.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
         """Ray's, which waits for an answer without end."""
