@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from rv_distributed.cli.options import Json, Quiet
+from rv_distributed.cli.options import Json
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.cli.units import parse_bytes
 from rv_distributed.errors import Interrupted, UsageError, one_line, redacted
@@ -66,7 +66,6 @@ def submit(
     no_wait: NoWait = False,
     detach: Detach = False,
     json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Run an rv command as a job of a Ray cluster, show its log, and exit with its status.
 
@@ -89,12 +88,11 @@ def submit(
         os.path.abspath(wheel) if wheel is not None else None,
         image,
     )
-    tell = (lambda _text: None) if quiet else warn
     server = JobServer(address)
-    state, attached = _submit(server, request, tell)
+    state, attached = _submit(server, request)
     status = 0
     if not no_wait:
-        state, status = _follow(server, state, detach=detach, show=warn if json else say, tell=tell)
+        state, status = _follow(server, state, detach=detach, show=warn if json else say)
     if json:
         say(jsonlib.dumps(_document(server, state, attached), indent=2))
     elif no_wait:
@@ -122,34 +120,32 @@ def parse_command(context: typer.Context, command: Sequence[str]) -> tuple[tuple
 
 
 def _folder(working_dir: str | None) -> str | None:
-    if working_dir is None or "://" in working_dir:
-        return working_dir
+    if working_dir is None:
+        return None
     if not os.path.isdir(working_dir):
         raise UsageError(f"--working-dir: {working_dir} is no folder")
     return os.path.abspath(working_dir)
 
 
-def _submit(server: JobServer, request: JobRequest, tell: Callable[[str], None]) -> tuple[JobState, bool]:
+def _submit(server: JobServer, request: JobRequest) -> tuple[JobState, bool]:
     state, attached = server.submit(request)
     if attached:
-        tell(f"rv: job {state.submission_id} does this already and is {state.status}; nothing was submitted")
+        warn(f"rv: job {state.submission_id} does this already and is {state.status}; nothing was submitted")
     else:
-        tell(f"rv: submitted job {state.submission_id}")
+        warn(f"rv: submitted job {state.submission_id}")
     place = redacted(server.address)
-    tell(f"rv: to stop it from elsewhere: ray job stop --address {place} {state.submission_id}")
+    warn(f"rv: to stop it from elsewhere: ray job stop --address {place} {state.submission_id}")
     return state, attached
 
 
-def _follow(
-    server: JobServer, state: JobState, *, detach: bool, show: Callable[[str], None], tell: Callable[[str], None]
-) -> tuple[JobState, int]:
+def _follow(server: JobServer, state: JobState, *, detach: bool, show: Callable[[str], None]) -> tuple[JobState, int]:
     """Show the log to the job's end, or to a signal. The last state known, and the exit status."""
     from rv_distributed.submission import STOP_WAIT_S, Follower
 
     name = state.submission_id
     follower = Follower(server, name)
     try:
-        state = _to_the_end(follower, show, tell, None)
+        state = _to_the_end(follower, show, None)
         status = state.exit_status
     except Interrupted as interrupted:
         status = interrupted.exit_status
@@ -159,7 +155,7 @@ def _follow(
         warn(f"rv: {interrupted}; stopping job {name} (once more to leave at once)")
         server.stop(name)
         try:
-            state = _to_the_end(follower, show, tell, STOP_WAIT_S + _MORE_S)
+            state = _to_the_end(follower, show, STOP_WAIT_S + _MORE_S)
         except queue.Empty:
             warn(f"rv: job {name} has not stopped yet; it does when it can")
             return state, status
@@ -170,13 +166,11 @@ def _follow(
     elif state.status != "succeeded":
         warn(f"rv: job {name} {state.status}; exit status {status}")
     else:
-        tell(f"rv: job {name} succeeded")
+        warn(f"rv: job {name} succeeded")
     return state, status
 
 
-def _to_the_end(
-    follower: Follower, show: Callable[[str], None], tell: Callable[[str], None], timeout_s: float | None
-) -> JobState:
+def _to_the_end(follower: Follower, show: Callable[[str], None], timeout_s: float | None) -> JobState:
     """Show what the follower gives, until the job has ended. Raises queue.Empty when that takes too long."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
@@ -187,7 +181,7 @@ def _to_the_end(
         elif item.ended:
             return item
         elif item.status == "pending":
-            tell(f"rv: job {item.submission_id} is pending: {one_line(item.message)}")
+            warn(f"rv: job {item.submission_id} is pending: {one_line(item.message)}")
 
 
 def _document(server: JobServer, state: JobState, attached: bool) -> dict[str, Any]:
