@@ -82,7 +82,8 @@ def _free_ports(count: int) -> list[int]:
 
 def end_of(server: JobServer, name: str) -> tuple[list[str], JobState]:
     """The log of a job, and its state at the end."""
-    follower, lines = Follower(server, name), []
+    follower = Follower(server, name)
+    lines: list[str] = []
     while True:
         item = follower.next(120)
         if isinstance(item, JobState):

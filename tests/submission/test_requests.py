@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import typer.main
@@ -25,7 +26,7 @@ TRANSFER = ["transfer", "--target", "/t", "--donor", "/d", "--reference", "/r", 
 
 
 def parse(command: list[str]) -> JobRequest:
-    context = typer.main.get_command(app).make_context("rv", ["submit"])
+    context: Any = typer.main.get_command(app).make_context("rv", ["submit"])
     return JobRequest(*parse_command(context, command))
 
 
