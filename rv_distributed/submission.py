@@ -199,10 +199,11 @@ class JobServer:
         """What became of a job. Raises one of `failures`."""
         return _state(self.client.get_job_info(submission_id))
 
-    def stop(self, submission_id: str) -> None:
-        """Ask a job to stop. Raises RunError when the server does not take it."""
+    def stop(self, submission_id: str) -> JobState:
+        """Ask a job to stop; one that is still pending does so once it starts. Raises RunError when that fails."""
         try:
             self.client.stop_job(submission_id)
+            return self.state(submission_id)
         except self.failures as error:
             raise RunError(f"job {submission_id} could not be stopped: {_brief(error)}") from None
 

@@ -18,7 +18,7 @@ from rv_distributed.cli.units import parse_bytes
 from rv_distributed.errors import Interrupted, UsageError, one_line, redacted
 
 if TYPE_CHECKING:
-    from rv_distributed.submission import Follower, JobRequest, JobServer, JobState
+    from rv_distributed.submission import Follower, JobServer, JobState
 
 Address = Annotated[
     str,
@@ -89,10 +89,13 @@ def submit(
         image,
     )
     server = JobServer(address)
-    state, attached = _submit(server, request)
+    state, attached = server.submit(request)
+    announcement = _announcement(server, state, attached)
     status = 0
-    if not no_wait:
-        state, status = _follow(server, state, detach=detach, show=warn if json else say)
+    if no_wait:
+        warn(announcement)
+    else:
+        state, status = _follow(server, state, announcement, detach=detach, show=warn if json else say)
     if json:
         say(jsonlib.dumps(_document(server, state, attached), indent=2))
     elif no_wait:
@@ -127,24 +130,23 @@ def _folder(working_dir: str | None) -> str | None:
     return os.path.abspath(working_dir)
 
 
-def _submit(server: JobServer, request: JobRequest) -> tuple[JobState, bool]:
-    state, attached = server.submit(request)
-    if attached:
-        warn(f"rv: job {state.submission_id} does this already and is {state.status}; nothing was submitted")
-    else:
-        warn(f"rv: submitted job {state.submission_id}")
-    place = redacted(server.address)
-    warn(f"rv: to stop it from elsewhere: ray job stop --address {place} {state.submission_id}")
-    return state, attached
+def _announcement(server: JobServer, state: JobState, attached: bool) -> str:
+    name = state.submission_id
+    what = f"job {name} does this already and is {state.status}; nothing was submitted"
+    elsewhere = f"ray job stop --address {redacted(server.address)} {name}"
+    return f"rv: {what if attached else f'submitted job {name}'}\nrv: to stop it from elsewhere: {elsewhere}"
 
 
-def _follow(server: JobServer, state: JobState, *, detach: bool, show: Callable[[str], None]) -> tuple[JobState, int]:
+def _follow(
+    server: JobServer, state: JobState, announcement: str, *, detach: bool, show: Callable[[str], None]
+) -> tuple[JobState, int]:
     """Show the log to the job's end, or to a signal. The last state known, and the exit status."""
     from rv_distributed.submission import STOP_WAIT_S, Follower
 
     name = state.submission_id
     follower = Follower(server, name)
     try:
+        warn(announcement)
         state = _to_the_end(follower, show, None)
         status = state.exit_status
     except Interrupted as interrupted:
@@ -153,11 +155,14 @@ def _follow(server: JobServer, state: JobState, *, detach: bool, show: Callable[
             warn(f"rv: {interrupted}; job {name} goes on, and the same command follows it")
             return state, status
         warn(f"rv: {interrupted}; stopping job {name} (once more to leave at once)")
-        server.stop(name)
+        state = server.stop(name)
+        if state.status == "pending":
+            warn(f"rv: job {name} has not started; it stops when it does")
+            return state, status
         try:
             state = _to_the_end(follower, show, STOP_WAIT_S + _MORE_S)
         except queue.Empty:
-            warn(f"rv: job {name} has not stopped yet; it does when it can")
+            warn(f"rv: job {name} was asked to stop and has not done so yet; ray job status tells when it has")
             return state, status
         if state.status == "succeeded":
             status = 0

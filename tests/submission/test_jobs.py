@@ -213,6 +213,20 @@ def test_a_job_that_is_left_goes_on_and_can_be_followed_again(server: JobServer,
 
 
 @pytest.mark.slow
+def test_an_interrupt_stops_a_job_that_has_not_started(server: JobServer, models: Path, tmp_path: Path) -> None:
+    with cpus_taken(server):
+        waiting = started(server, "--entrypoint-num-cpus", "1", command=transfer(models, tmp_path / "out"))
+        name = read_until(waiting.stderr, "submitted job").split()[-1]
+        read_until(waiting.stderr, "to stop it")
+        assert server.state(name).status == "pending"
+        waiting.send_signal(signal.SIGTERM)
+        assert f"job {name} has not started" in waiting.communicate(timeout=60)[1]
+        assert waiting.returncode == 143
+    assert end_of(server, name)[1].status == "stopped"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_a_stream_that_breaks_is_taken_up_where_it_was_and_a_lost_server_is_told(
     server: JobServer, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
