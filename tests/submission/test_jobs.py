@@ -16,9 +16,8 @@ import pytest
 from job_cluster import Proxy, cpus_taken, end_of, environment, job_cluster
 
 import rv_distributed as rv
-from rv_distributed import submission
 from rv_distributed.demo import make_checkpoints
-from rv_distributed.submission import Follower, JobRequest, JobServer, JobState
+from rv_distributed.submission import Follower, JobRequest, JobServer, JobState, follow
 
 RV = [sys.executable, "-m", "rv_distributed"]
 SMALL = ["--max-shard-size", "1MB"]
@@ -140,7 +139,7 @@ def test_a_job_that_cannot_be_set_up_is_status_1_with_the_reason(server: JobServ
     document = json.loads(done.stdout)
     assert done.returncode == 1
     assert (document["status"], document["driver_exit_code"]) == ("failed", None)
-    assert document["message"]
+    assert "podman" in document["message"]
     assert f"job {document['submission_id']} failed: " in done.stderr
 
 
@@ -244,7 +243,7 @@ def test_a_stream_that_breaks_is_taken_up_where_it_was_and_a_lost_server_is_told
         while not (lines and "free disk" in lines[-1]):
             lines.append(follower.next(120))
         proxy.cut()
-        monkeypatch.setattr(submission, "_LOST_S", 0.5)
+        monkeypatch.setattr(follow, "_LOST_S", 0.5)
         lost = Proxy(int(server.address.rpartition(":")[2]))
         behind_lost = JobServer(lost.address)
         lost.close()

@@ -126,6 +126,13 @@ def test_passwords_in_the_address_are_not_shown() -> None:
     assert "secret" not in done.stdout + done.stderr
 
 
+def test_a_missing_token_is_told_with_what_ray_says_of_it(tmp_path: Path) -> None:
+    done = submit("--address", NOWHERE, "--", *TRANSFER, env={"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)})
+    assert done.returncode == 2
+    assert "RAY_AUTH_TOKEN" in done.stderr
+    assert "no Ray job server" not in done.stderr
+
+
 def test_the_remedy_is_named_where_rays_job_client_is_not_installed() -> None:
     done = submit("--address", NOWHERE, "--", *TRANSFER, script="import sys; sys.modules['aiohttp'] = None")
     assert done.returncode == 2
