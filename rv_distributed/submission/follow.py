@@ -6,7 +6,8 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Final
 
 from rv_distributed.errors import RunError, redacted
@@ -87,36 +88,36 @@ class Follower:
     async def _read_log(self) -> bool:
         """Put the lines that are new; whether the stream came to its end. Raises one of the server's failures."""
         position = 0
-        async for text in self._stream():
-            if text is None:
-                state = self._server.state(self._id)
-                if state.ended:
-                    return False
-                self._items.put(state)
-            else:
-                fresh = text[max(0, self._seen - position) :]
-                position += len(text)
-                self._seen = max(self._seen, position)
-                self._put_text(fresh)
-            self._answered = time.monotonic()
+        async with aclosing(self._stream()) as stream:
+            async for text in stream:
+                if text is None:
+                    state = self._server.state(self._id)
+                    if state.ended:
+                        return False
+                    self._items.put(state)
+                else:
+                    fresh = text[max(0, self._seen - position) :]
+                    position += len(text)
+                    self._seen = max(self._seen, position)
+                    self._put_text(fresh)
+                self._answered = time.monotonic()
         return True
 
-    async def _stream(self) -> AsyncIterator[str | None]:
+    async def _stream(self) -> AsyncGenerator[str | None, None]:
         """The log from its start, as it comes; None whenever it was silent for `_SILENCE_S`."""
-        stream = self._server.client.tail_job_logs(self._id)
-        try:
+        async with aclosing(self._server.client.tail_job_logs(self._id)) as stream:
             while True:
                 text = asyncio.ensure_future(anext(stream, None))
                 try:
                     while not (await asyncio.wait({text}, timeout=_SILENCE_S))[0]:
                         yield None
                 finally:
+                    # A stream cannot be closed while something waits for it.
                     text.cancel()
+                    await asyncio.wait({text})
                 if (received := text.result()) is None:
                     return
                 yield received
-        finally:
-            await stream.aclose()
 
     def _put_text(self, text: str) -> None:
         *lines, self._partial = (self._partial + text).split("\n")

@@ -115,7 +115,12 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._muted: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def mute(self) -> None:
+        """Pass on nothing more over the connections that are open, and leave them open."""
+        self._muted |= {sock for pair in self._pairs for sock in pair}
 
     def cut(self) -> None:
         """End the connections that are open."""
@@ -139,15 +144,15 @@ class Proxy:
                 return
             pair = (near, socket.create_connection(self._target))
             self._pairs.append(pair)
-            threading.Thread(target=_pass_on, args=pair, daemon=True).start()
+            threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
 
-
-def _pass_on(near: socket.socket, far: socket.socket) -> None:
-    other = {near: far, far: near}
-    with near, far, suppress(OSError):
-        while True:
-            for sock in select.select([near, far], [], [])[0]:
-                received = sock.recv(65536)
-                if not received:
-                    return
-                other[sock].sendall(received)
+    def _pass_on(self, near: socket.socket, far: socket.socket) -> None:
+        other = {near: far, far: near}
+        with near, far, suppress(OSError):
+            while True:
+                for sock in select.select([near, far], [], [])[0]:
+                    received = sock.recv(65536)
+                    if not received:
+                        return
+                    if sock not in self._muted:
+                        other[sock].sendall(received)

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 from job_cluster import Proxy, cpus_taken, end_of, environment, job_cluster
@@ -226,34 +226,45 @@ def test_an_interrupt_stops_a_job_that_has_not_started(server: JobServer, models
 
 
 @pytest.mark.slow
-def test_a_stream_that_breaks_is_taken_up_where_it_was_and_a_lost_server_is_told(
-    server: JobServer, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("disturb", [Proxy.cut, Proxy.mute], ids=["cut", "mute"])
+def test_a_stream_that_breaks_or_falls_silent_is_taken_up_where_it_was(
+    disturb: Callable[[Proxy], None],
+    server: JobServer,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(follow, "_SILENCE_S", 1.0)
     proxy = Proxy(int(server.address.rpartition(":")[2]))
-    arguments = tuple(transfer(models, tmp_path / "out"))
     behind = JobServer(proxy.address)
+    request = JobRequest(tuple(transfer(models, tmp_path / "out")), {"out": str(tmp_path)})
+    lines: list[str] = []
     with cpus_taken(server):
-        request = JobRequest(arguments, {"out": str(tmp_path)})
         job, attached = behind.submit(request)
         assert not attached
         # As if another had submitted it just after this one looked.
         assert server._submit_as(job.submission_id, request)[1]
         follower = Follower(behind, job.submission_id)
-        lines: list[Any] = []
         while not (lines and "free disk" in lines[-1]):
-            lines.append(follower.next(120))
-        proxy.cut()
-        monkeypatch.setattr(follow, "_LOST_S", 0.5)
-        lost = Proxy(int(server.address.rpartition(":")[2]))
-        behind_lost = JobServer(lost.address)
-        lost.close()
-        with pytest.raises(rv.RunError, match=f"is lost.*{job.submission_id} may still be running"):
-            end_of(behind_lost, job.submission_id)
-        monkeypatch.undo()
+            item = follower.next(120)
+            lines += [item] if isinstance(item, str) else []
+        disturb(proxy)
     while not isinstance(item := follower.next(120), JobState) or not item.ended:
-        lines += [] if isinstance(item, JobState) else [item]
+        lines += [item] if isinstance(item, str) else []
     proxy.close()
     assert item.exit_status == 0, lines
-    whole = server.client.get_job_logs(job.submission_id)
-    assert lines == whole.removesuffix("\n").split("\n")
-    assert end_of(server, job.submission_id)[0] == lines
+    assert lines == server.client.get_job_logs(job.submission_id).removesuffix("\n").split("\n")
+    assert end_of(server, job.submission_id) == (lines, item)
+
+
+@pytest.mark.slow
+def test_a_lost_server_is_told(server: JobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = Proxy(int(server.address.rpartition(":")[2]))
+    behind = JobServer(proxy.address)
+    request = JobRequest(("inspect", str(tmp_path)), {})
+    job, _ = behind.submit(request)
+    proxy.close()
+    monkeypatch.setattr(follow, "_LOST_S", 0.5)
+    with pytest.raises(rv.RunError, match=rf"is lost.*{job.submission_id} may still be running"):
+        end_of(behind, job.submission_id)
+    assert end_of(server, job.submission_id)[1].exit_status == 2
