@@ -15,7 +15,8 @@ from rv_distributed.submission.server import JobServer, JobState, brief
 
 #: After so long without an answer the job server counts as lost; the head of a cluster may restart meanwhile.
 _LOST_S: Final = 120.0
-#: Without log lines for so long, the status is asked for: the stream may be dead without knowing it.
+#: Without log lines for so long, the status is asked for: the stream may be dead without knowing it. Much longer
+#: than the second or two that the server itself pauses before it sends a log, and before it ends one.
 _SILENCE_S: Final = 20.0
 _PAUSE_S: Final = 1.0
 #: Attempts to read the log of a job that has ended; it may have gone with its node.

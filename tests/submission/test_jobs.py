@@ -234,7 +234,8 @@ def test_a_stream_that_breaks_or_falls_silent_is_taken_up_where_it_was(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(follow, "_SILENCE_S", 1.0)
+    # Longer than the pauses that the server makes before it sends, or ends, the log of a job that has ended.
+    monkeypatch.setattr(follow, "_SILENCE_S", 6.0)
     proxy = Proxy(int(server.address.rpartition(":")[2]))
     behind = JobServer(proxy.address)
     request = JobRequest(tuple(transfer(models, tmp_path / "out")), {"out": str(tmp_path)})
