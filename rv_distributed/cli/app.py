@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from rv_distributed import __version__
-from rv_distributed.cli import bench, demo, inspect, merge, verify
+from rv_distributed.cli import bench, demo, inspect, merge, submit, verify
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
@@ -32,6 +32,8 @@ app.command()(inspect.inspect)
 app.command()(verify.verify)
 app.command()(bench.bench)
 app.command()(demo.demo)
+# Options behind the name of the command that is submitted are that command's.
+app.command(context_settings={"allow_interspersed_args": False})(submit.submit)
 
 
 @app.callback()

@@ -37,7 +37,7 @@ def transfer_of(models: Path, out: Path, *more: str) -> list[str | Path]:
 
 
 def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
-    commands = {"extract", "apply", "transfer", "inspect", "verify", "demo"}
+    commands = {"extract", "apply", "transfer", "inspect", "verify", "demo", "submit"}
     listed = rv("--help")
     assert listed.returncode == 0
     assert all(command in listed.stdout for command in commands)
@@ -48,7 +48,9 @@ def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["transfer", "--help"], ["inspect", "MODELS/target"], ["DRY-RUN"]], ids=lambda args: args[0]
+    "args",
+    [["--help"], ["transfer", "--help"], ["submit", "--help"], ["inspect", "MODELS/target"], ["DRY-RUN"]],
+    ids=lambda args: args[0],
 )
 def test_planning_commands_import_neither_torch_nor_ray(args: list[str], models: Path, tmp_path: Path) -> None:
     wanted = transfer_of(models, tmp_path / "out", "--dry-run") if args == ["DRY-RUN"] else args
