@@ -205,8 +205,12 @@ def formula(plan: Plan, alphas: tuple[float, ...]) -> str:
     if plan.operation == "extract":
         return "V = A − B"
     if plan.operation == "transfer":
-        return f"O = T + {show_alpha(alphas[0])}·(A − B)"
-    return "O = T" + "".join(f" + {show_alpha(alpha)}·V{number}" for number, alpha in enumerate(alphas, 1))
+        return f"O = T {_signed(alphas[0])}·(A − B)"
+    return "O = T" + "".join(f" {_signed(alpha)}·V{number}" for number, alpha in enumerate(alphas, 1))
+
+
+def _signed(alpha: float) -> str:
+    return f"{'−' if alpha < 0 else '+'} {show_alpha(abs(alpha))}"
 
 
 def versions() -> dict[str, str]:

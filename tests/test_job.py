@@ -147,3 +147,10 @@ def test_a_transfer_keeps_the_target_s_dtype_unless_another_is_asked_for(inputs:
     for options, name in ((rv.PlanOptions(), "BF16"), (rv.PlanOptions(dtype="float32"), "F32")):
         job = rv.prepare(inputs.recipe(0.7), [str(tmp_path / "out")], options, LOCAL)
         assert [tensor.dtype for tensor in job.plan.tensors] == [name]
+
+
+@pytest.mark.parametrize(("alpha", "formula"), [(0.7, "O = T + 0.7·(A − B)"), (-0.3, "O = T − 0.3·(A − B)")])
+def test_the_formula_is_written_as_people_write_it(inputs: Inputs, tmp_path: Path, alpha: float, formula: str) -> None:
+    manifest = inputs.transfer(tmp_path / "out", alpha, LOCAL)
+    assert manifest.formula == formula
+    assert formula in (tmp_path / "out" / "README.md").read_text()
