@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from processes import has_ended, signal_all, tree_of
 
 from rv_distributed.errors import UsageError
 from rv_distributed.submission import Follower, JobServer, JobState
@@ -54,9 +57,11 @@ def job_cluster() -> Iterator[str]:
             _wait_for(address, head, Path(log.name))
             yield address
         finally:
-            # Told to end, `ray start --block` ends the processes that it started; jobs end with them.
+            # Told to end, `ray start --block` ends the processes that it started; some end a little after it.
+            processes = tree_of([head.pid])
             head.terminate()
             head.wait(60)
+            _end(processes)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -70,6 +75,14 @@ def _wait_for(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
             if head.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"no cluster: {log.read_text()}") from None
             time.sleep(0.2)
+
+
+def _end(processes: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while not all(map(has_ended, processes)):
+        if time.monotonic() > deadline:
+            signal_all((pid for pid in processes if not has_ended(pid)), signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def _free_ports(count: int) -> list[int]:
