@@ -33,6 +33,8 @@ MAX_ATTEMPTS: Final = 3
 _START_S: Final = 900.0
 #: How often the cluster is asked what became of it.
 _LOOK_S: Final = 5.0
+#: Longest call of ray.wait: what a signal handler raises comes out only at its end.
+_WAIT_S: Final = 1.0
 _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -97,7 +99,7 @@ class Pool:
                 return
             if not self._calls:
                 raise WorkerError("no worker is left, and those that were asked for died at once")
-            ended = _wait(list(self._calls), max(0.0, self._looked + _LOOK_S - time.monotonic()))
+            ended = _wait(list(self._calls), max(0.0, min(_WAIT_S, self._looked + _LOOK_S - time.monotonic())))
             if time.monotonic() >= self._looked + _LOOK_S:
                 self._look()
             for ref in ended:
