@@ -39,8 +39,8 @@ class RayRuntime:
         """Connect. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
         if self._address.startswith(("http://", "https://")):
             raise UsageError(
-                f"{redacted(self._address)} is the address of a job server: submit the command there with rv submit, or "
-                "give the cluster's own address, as host:port or auto"
+                f"{redacted(self._address)} is the address of a job server: submit the command there with rv submit, "
+                "or give the cluster's own address, as host:port or auto"
             )
         self._started = not ray.is_initialized()
         try:
