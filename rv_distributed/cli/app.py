@@ -103,4 +103,6 @@ def print_error(kind: str, message: str, status: int, **more: object) -> None:
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    # This may come in the middle of starting a thread, which then complains of it with a traceback of its own.
+    sys.unraisablehook = lambda _: None
     raise Interrupted(signum)

@@ -59,3 +59,30 @@ def test_a_signal_stops_with_its_status_and_the_next_run_resumes(signum: signal.
     again = rv(plain, "--overwrite")
     assert again.returncode == 0, again.stderr
     assert kept == {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+
+
+#: ``rv`` that gets a signal while it starts its first thread.
+INTERRUPTED_START = """
+import os, signal, threading
+start = threading._start_new_thread
+
+def start_and_send(*args):
+    threading._start_new_thread = start
+    started = start(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return started
+
+threading._start_new_thread = start_and_send
+from rv_distributed.cli import main
+main()
+"""
+
+
+def test_a_signal_in_the_middle_of_starting_a_thread_prints_no_traceback(tmp_path: Path) -> None:
+    make_checkpoints(str(tmp_path))
+    roles = [text for role in ("target", "donor", "reference") for text in (f"--{role}", str(tmp_path / role))]
+    argv = [sys.executable, "-c", INTERRUPTED_START, "transfer", *roles, "--out", str(tmp_path / "out")]
+    stopped = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert stopped.stderr.splitlines()[0] == "rv: stopped by SIGTERM"
+    assert "Traceback" not in stopped.stderr
