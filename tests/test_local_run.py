@@ -291,7 +291,9 @@ def test_workers_and_memory_change_no_byte(family: Family, tmp_path: Path, opera
             transfer(family, out, plan_options=options, run_options=run_options)
         found: dict[str, Any] = dict(files_of(out))
         document = json.loads(found.pop("rv_manifest.json"))
-        found["rv_manifest.json"] = {key: value for key, value in document.items() if key not in ("timings", "created", "digest")}
+        found["rv_manifest.json"] = {
+            key: value for key, value in document.items() if key not in ("timings", "created", "digest")
+        }
         folders.append(found)
     for found in folders[1:]:
         assert found.keys() == folders[0].keys()

@@ -68,6 +68,8 @@ def plan_summary(job: Job) -> str:
         ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms) or "none needed"),
         ("runtime", _runtime(job)),
     ]
+    if special := _arithmetic(job):
+        rows.insert(-3, ("arithmetic", special))
     others = [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]
     if others:
         rows.insert(-3, ("", f"not computed: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"))
@@ -94,6 +96,13 @@ def _tensors(job: Job) -> str:
             reasons[tensor.why] = reasons.get(tensor.why, 0) + 1
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
     return f"{text or 'none'} ({why})" if why else text
+
+
+def _arithmetic(job: Job) -> str:
+    """What is not the default of it."""
+    dtype, rounding, seed = job.plan.arithmetic
+    texts = [f"computed in {dtype}"] if dtype != "float32" else []
+    return ", ".join(texts + ([f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []))
 
 
 def _runtime(job: Job) -> str:

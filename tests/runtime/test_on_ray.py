@@ -83,8 +83,9 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
     job = rv.prepare(recipe, [str(folder / "out")], SMALL, rv.RunOptions(runtime="ray"))
     for shard in job.plan.shards:
         preallocate(str(folder / shard.name), shard.size)
-    sizing = job.sizing
-    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", sizing.streams, 1, sizing.chunk_bytes, True)
+    streams, chunk_bytes, _ = job.sizing
+    arithmetic = job.plan.arithmetic
+    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", streams, 1, chunk_bytes, True, arithmetic)
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 
