@@ -89,7 +89,7 @@ def test_the_card_says_what_was_computed_from_what() -> None:
     card = build_card(manifest("target", "donor"), NAMES, {})
     assert "# A model with a reasoning vector added\n" in card
     assert "\n    target + 0.7·(donor − reference)\n" in card
-    assert "9 of 12 tensors were computed in float32 and rounded once; 1 were copied and 2 cast." in card
+    assert "9 of 12 tensors were computed in float32 and rounded once, to nearest; 1 were copied and 2 cast." in card
     assert cells(card) == [
         ["role", "model", "revision", "fingerprint"],
         ["---"] * 4,

@@ -10,6 +10,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_both_runtimes_give_the_same_folders_for_any_number_of_workers(models: P
         run(models, tmp_path / f"local-{workers}", runtime="local", workers=workers)
         assert contents(tmp_path / f"ray-{workers}") == expected
         assert contents(tmp_path / f"local-{workers}") == expected
+
+
+@pytest.mark.usefixtures("cluster")
+def test_both_runtimes_round_stochastically_to_the_same_bytes(models: Path, tmp_path: Path) -> None:
+    plan = replace(SMALL, dtype="bfloat16", rounding="stochastic", seed=5, compute_dtype="float64")
+    paths = [str(models / role) for role in ("target", "donor", "reference")]
+    made = []
+    for name, seed in (("local", 5), ("ray", 5), ("local", 6)):
+        out, options = tmp_path / f"{name}-{seed}", rv.RunOptions(runtime=name, workers=2)
+        rv.transfer(*paths, str(out), alpha=0.7, plan_options=replace(plan, seed=seed), run_options=options)
+        made.append({path.name: path.read_bytes() for path in out.glob("*.safetensors")})
+    assert made[0] == made[1] != made[2]
 
 
 def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, rv.Job]:
