@@ -88,8 +88,9 @@ def stochastic(values: Floats, dtype: str, *, seed: int, name: str, first: int =
         # The noise is added: the largest of it carries.
         up = noise16(seed, name, first, values.size) >= 65536 * (1 - chance)
     else:
-        signed = noise32(seed, name, first, values.size).view(np.int32)
-        up = (signed + 2.0**31 + 0.5) / 2.0**32 < chance
+        bits_used = 23 if values.dtype == np.float32 else 32
+        signed = noise32(seed, name, first, values.size).view(np.int32) >> (32 - bits_used)
+        up = (signed + 0.5) / 2.0**bits_used + 0.5 < chance
     largest = 3.3895313892515355e38 if dtype == "BF16" else 65504.0
     inside = np.abs(values) < largest
     plain = np.frombuffer(nearest(values, dtype), np.uint16)

@@ -16,8 +16,8 @@ from torch import Tensor
 from rv_distributed.kernels.noise import Noise
 from rv_distributed.recipe import Arithmetic
 
-#: Temporaries in float64 are made for this many elements at a time, to keep them few and in the caches.
-_SLICE: Final = 1 << 15
+#: Temporaries are made for this many elements at a time, to keep them few and in the caches.
+_SLICE: Final = 1 << 16
 
 
 class _Format(NamedTuple):
@@ -34,6 +34,25 @@ class _Format(NamedTuple):
 _FORMATS: Final = {
     torch.bfloat16: _Format(8, -133, torch.finfo(torch.bfloat16).max),
     torch.float16: _Format(11, -24, torch.finfo(torch.float16).max),
+}
+
+
+class _Layout(NamedTuple):
+    """How a dtype that is computed in lies in memory, and what is random in it."""
+
+    integers: torch.dtype
+    """Of the same size."""
+    stored: int
+    """Bits of the significand that are stored."""
+    bias: int
+    """Of the exponent."""
+    random_bits: int
+    """Of a random number: with one half of the last added, the dtype still holds it."""
+
+
+_LAYOUTS: Final = {
+    torch.float32: _Layout(torch.int32, 23, 127, 23),
+    torch.float64: _Layout(torch.int64, 52, 1023, 32),
 }
 
 
@@ -57,7 +76,7 @@ class Rounder:
             for start in range(0, values.numel(), _SLICE):
                 part = values[start : start + _SLICE]
                 words = self._noise.bits32(name, first + start, part.numel())
-                _to_either(part, out[start : start + _SLICE], words)
+                _by_comparison(part, out[start : start + _SLICE], words)
 
     def _to_bfloat16(self, values: Tensor, out: Tensor, noise: Tensor) -> None:
         """A bfloat16 is the upper half of a float32, subnormal or not: noise added to the lower half carries into
@@ -68,25 +87,28 @@ class Rounder:
         _correct_beyond(values, out)
 
 
-def _to_either(values: Tensor, out: Tensor, words: Tensor) -> None:
-    """By comparison of the words with what truncation leaves, both as fractions of one. All of this is exact.
+def _by_comparison(values: Tensor, out: Tensor, words: Tensor) -> None:
+    """What truncation leaves, as a fraction of the distance to the next number, is compared with a random one.
 
-    The probability is a multiple of 2⁻³², as near as one is: it is exact for float32 values from 2⁻³³ on in float16.
+    All of this is exact but for the number of random bits: the probability is the nearest multiple of 2⁻²³ in float32
+    and of 2⁻³² in float64, which is the fraction itself for every float32 from float16's smallest number on.
     """
     digits, lowest, _ = _FORMATS[out.dtype]
-    wide = values.double()
-    magnitude = wide.abs()
-    exponent = (magnitude.view(torch.int64) >> 52) - 1023
+    integers, stored, bias, random_bits = _LAYOUTS[values.dtype]
+    magnitude = values.abs()
+    exponent = magnitude.view(integers).bitwise_right_shift(stored).sub_(bias)
     # Neighbours in the output's dtype are this power of two apart.
-    spacing = torch.clamp(exponent - (digits - 1), min=lowest)
-    scale = (1023 - spacing).bitwise_left_shift_(52).view(torch.float64)
+    spacing = exponent.sub_(digits - 1).clamp_(min=lowest)
+    scale = spacing.neg_().add_(bias).bitwise_left_shift_(stored).view(values.dtype)
     scaled = magnitude.mul_(scale)
     whole = scaled.floor()
     fraction = scaled.sub_(whole)
-    # In the middle of one of 2³² equal parts of the numbers from 0 to 1.
-    uniform = words.double().mul_(2.0**-32).add_(0.5 + 2.0**-33)
-    rounded = whole.add_(uniform < fraction).div_(scale)
-    out.copy_(rounded.copysign_(wide))
+    # In the middle of one of the 2ᵇⁱᵗˢ equal parts between 0 and 1.
+    uniform = words.bitwise_right_shift(32 - random_bits).to(values.dtype)
+    uniform.mul_(2.0**-random_bits).add_(0.5 + 2.0 ** -(random_bits + 1))
+    # 1 where the fraction is larger, which it is in a rounded difference too; else 0.
+    up = fraction.sub_(uniform).ceil_()
+    out.copy_(whole.add_(up).div_(scale).copysign_(values))
     _correct_beyond(values, out)
 
 

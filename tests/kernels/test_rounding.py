@@ -14,7 +14,7 @@ from rounding_reference import nearest, neighbours, stochastic, wide_accumulated
 
 from rv_distributed.kernels import Combiner
 from rv_distributed.kernels.combine import TORCH_DTYPES
-from rv_distributed.kernels.rounding import Rounder, _to_either
+from rv_distributed.kernels.rounding import Rounder, _by_comparison
 from rv_distributed.recipe import Arithmetic, ComputeDType, Rounding
 
 CPU = torch.device("cpu")
@@ -149,23 +149,27 @@ def test_float32_to_bfloat16_has_the_exact_expectation() -> None:
         assert total / (1 << 16) == Fraction(float(value)), value
 
 
-@pytest.mark.parametrize("kind", COMPUTE.values())
-@pytest.mark.parametrize("dtype", SMALL)
-def test_other_rounding_has_the_expectation_to_the_last_of_32_bits(dtype: str, kind: type[Any]) -> None:
-    """The words below the fraction go up and the others do not; there are as many as the fraction says."""
-    values = inner(dtype, kind)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "random_bits"), [(np.float32, "F16", 23), (np.float64, "BF16", 32), (np.float64, "F16", 32)]
+)
+def test_other_rounding_has_the_expectation_to_the_last_random_bit(
+    kind: type[Any], dtype: str, random_bits: int
+) -> None:
+    """The numbers below the fraction go up and the others do not; there are as many as the fraction says."""
+    values, every = inner(dtype, kind), 1 << random_bits
     chances = [fraction_up(value, dtype) for value in values]
-    counts = [-((1 - 2 * (1 << 32) * chance) // 2) for chance in chances]  # words r with r + ½ < chance·2³²
-    for chance, count in zip(chances, counts, strict=True):
-        assert abs(Fraction(count, 1 << 32) - chance) <= Fraction(1, 1 << 33)
-        if dtype == "F16" and kind is np.float32 and chance.denominator <= 1 << 32:
-            assert Fraction(count, 1 << 32) == chance
-    for step, goes_up in ((-1, True), (0, False), (1, False), (-2, True)):
-        words = [count + step for count in counts]  # counted from the least signed one
-        known = [number for number, word in enumerate(words) if 0 <= word < 1 << 32]
-        signed = np.array([words[number] - (1 << 31) for number in known], np.int32)
+    counts = [-((1 - 2 * every * chance) // 2) for chance in chances]  # numbers r with r + ½ < chance·every
+    for value, chance, count in zip(values, chances, counts, strict=True):
+        assert abs(Fraction(count, every) - chance) <= Fraction(1, 2 * every)
+        if kind is np.float32 and abs(value) >= LEAST[dtype]:
+            assert Fraction(count, every) == chance
+    for step, goes_up in ((-2, True), (-1, True), (0, False), (1, False)):
+        numbers = [count + step for count in counts]
+        known = [place for place, number in enumerate(numbers) if 0 <= number < every]
+        # Counted from the least signed word.
+        words = np.array([(numbers[place] << (32 - random_bits)) - (1 << 31) for place in known], np.int32)
         out = torch.empty(len(known), dtype=TORCH_DTYPES[dtype])
-        _to_either(torch.from_numpy(values[known]), out, torch.from_numpy(signed))
+        _by_comparison(torch.from_numpy(values[known]), out, torch.from_numpy(words))
         _, lower, upper = neighbours(values[known], dtype)
         assert np.array_equal(out.double().abs().numpy(), upper if goes_up else lower)
 

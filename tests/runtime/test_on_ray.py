@@ -80,11 +80,12 @@ def test_both_runtimes_give_the_same_folders_for_any_number_of_workers(models: P
 @pytest.mark.usefixtures("cluster")
 def test_both_runtimes_round_stochastically_to_the_same_bytes(models: Path, tmp_path: Path) -> None:
     plan = replace(SMALL, dtype="bfloat16", rounding="stochastic", seed=5, compute_dtype="float64")
-    paths = [str(models / role) for role in ("target", "donor", "reference")]
+    target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
+    local, on_ray = (rv.RunOptions(runtime="local", workers=2), rv.RunOptions(runtime="ray", workers=2))
     made = []
-    for name, seed in (("local", 5), ("ray", 5), ("local", 6)):
-        out, options = tmp_path / f"{name}-{seed}", rv.RunOptions(runtime=name, workers=2)
-        rv.transfer(*paths, str(out), alpha=0.7, plan_options=replace(plan, seed=seed), run_options=options)
+    for name, options, seed in (("one", local, 5), ("same", on_ray, 5), ("other", local, 6)):
+        out = tmp_path / name
+        rv.transfer(target, donor, reference, str(out), plan_options=replace(plan, seed=seed), run_options=options)
         made.append({path.name: path.read_bytes() for path in out.glob("*.safetensors")})
     assert made[0] == made[1] != made[2]
 
