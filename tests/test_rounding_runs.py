@@ -29,6 +29,7 @@ import rv_distributed as rv
 from rv_distributed.checkpoint.manifest import manifest_from
 
 MIB = 1 << 20
+MILLION = 1_000_000
 SEED = (1 << 63) + 5
 PLAN = rv.PlanOptions(piece_bytes=MIB, max_shard_bytes=3_000_000)
 HOW = rv.RunOptions(runtime="local", workers=2)
@@ -156,9 +157,22 @@ def test_a_vector_is_rounded_stochastically_where_it_is_stored_in_16_bits(family
     plan = replace(STOCHASTIC, dtype="bfloat16")
     rv.extract(donor, reference, str(tmp_path / "v"), plan_options=plan, run_options=HOW)
     exact = {name: difference(family.a[name], family.b[name]) for name in COMPUTED}
-    data = {name: stochastic(exact[name], "BF16", seed=SEED, name=name) for name in COMPUTED}
+    data = {name: stochastic(exact[name], "BF16", seed=SEED, name=f"vector of {name}") for name in COMPUTED}
     assert_same(read_checkpoint(tmp_path / "v"), {name: Raw("BF16", SHAPES[name][1], data[name]) for name in COMPUTED})
     rv.verify_against_inputs(str(tmp_path / "v"))
+
+
+def test_a_vector_and_a_model_of_one_seed_are_right_on_average(tmp_path: Path) -> None:
+    """Both are rounded in each element; by the same bits, the second would know what the first had done."""
+    values = (1.0, 1 + 0.3 * 2.0**-7, 0.0)  # the vector goes up in three of ten
+    raws = [Raw("F32", (MILLION,), np.full(MILLION, value, np.float32).tobytes()) for value in values]
+    t, a, b = (write_checkpoint(tmp_path / role, {"w": raw}) for role, raw in zip("tab", raws, strict=True))
+    v, out, plan = str(tmp_path / "v"), str(tmp_path / "out"), rv.PlanOptions(dtype="bfloat16", rounding="stochastic")
+    rv.extract(a, b, v, plan_options=plan, run_options=HOW)
+    rv.apply(t, {v: 0.5}, out, plan_options=plan, run_options=HOW)
+    found = widen(read_checkpoint(out)["w"]).astype(np.float64)
+    exact = values[0] + 0.5 * float(np.float32(values[1]))
+    assert abs(found.mean() - exact) < 5 * found.std() / math.sqrt(MILLION)
 
 
 class Stop(Exception):
@@ -221,9 +235,6 @@ def test_the_card_says_how_it_was_computed_and_rounded(family: Family, tmp_path:
     ):
         transfer(family, tmp_path / plan.rounding, plan)
         assert text in (tmp_path / plan.rounding / "README.md").read_text()
-
-
-MILLION = 1_000_000
 
 
 def grpo_like(rng: np.random.Generator, share: float) -> tuple[Raw, Raw, Raw]:

@@ -54,6 +54,8 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
 def plan_summary(job: Job) -> str:
     """What is going to happen, for people."""
     rows = [("operation", f"{job.plan.operation}: {'; '.join(formula(job.plan, row) for row in job.plan.alphas)}")]
+    if special := _arithmetic(job):
+        rows.append(("arithmetic", special))
     for item in job.plan.inputs:
         checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
@@ -68,8 +70,6 @@ def plan_summary(job: Job) -> str:
         ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms) or "none needed"),
         ("runtime", _runtime(job)),
     ]
-    if special := _arithmetic(job):
-        rows.insert(-3, ("arithmetic", special))
     others = [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]
     if others:
         rows.insert(-3, ("", f"not computed: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"))

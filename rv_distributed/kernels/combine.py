@@ -110,7 +110,8 @@ class Combiner:
     def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None, *, name: str, first: int) -> Measures:
         """Fill ``out`` with ``plus − minus``; ``name`` and ``first`` as of `combine`."""
         d = self.difference(plus, minus)
-        self._rounder.round(d, out, name=name, first=first)
+        # Under another name than `combine`'s: what is rounded by the same bits twice is not right on average.
+        self._rounder.round(d, out, name=f"vector of {name}", first=first)
         if not self._measure:
             return Measures()
         v_sq, v_max = _size(d)

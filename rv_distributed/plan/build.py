@@ -59,7 +59,7 @@ class PlanOptions:
         if not 0 <= self.seed < 1 << 64:
             raise UsageError(f"--seed: {self.seed} is not between 0 and 2⁶⁴ − 1")
         if self.seed and self.rounding != "stochastic":
-            raise UsageError(f"--seed {self.seed} changes nothing but with --rounding stochastic; give both or neither")
+            raise UsageError(f"--seed {self.seed} changes nothing without --rounding stochastic; give both or neither")
         for pattern in (self.include, self.exclude):
             try:
                 re.compile(pattern or "")

@@ -207,11 +207,11 @@ def test_in_float64_every_step_is(make: Any, rounding: Rounding, sources: tuple[
     for dtype in ("F32", *SMALL):
         out = torch.empty(40_000, dtype=TORCH_DTYPES[dtype])
 
-        def bits(values: Floats, out: torch.Tensor = out, dtype: str = dtype) -> None:
+        def bits(values: Floats, out: torch.Tensor = out, dtype: str = dtype, name: str = "w") -> None:
             if rounding == "nearest":
                 wanted = nearest(values, dtype)
             else:
-                wanted = stochastic(values, dtype, seed=4, name="w", first=77)
+                wanted = stochastic(values, dtype, seed=4, name=name, first=77)
             assert same_bits(out.view(torch.uint8).numpy().tobytes(), wanted, dtype)
 
         operands = [(tensor_of(plus), tensor_of(minus))]
@@ -224,7 +224,7 @@ def test_in_float64_every_step_is(make: Any, rounding: Rounding, sources: tuple[
             assert out.view(torch.uint8).numpy().tobytes() == target.data
         measures = kernel.extract(out, *operands[0], name="w", first=77)
         exact = wide_difference(plus, minus)
-        bits(exact)
+        bits(exact, name="vector of w")
         stored = widen(Raw(dtype, (40_000,), out.view(torch.uint8).numpy().tobytes())).astype(np.float64)
         assert measures.inexact == np.sum((stored != exact) & ~(np.isnan(stored) & np.isnan(exact)))
 
