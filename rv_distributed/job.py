@@ -303,6 +303,7 @@ class Job:
             cpus=usable_cpus() if self.runtime == "local" else self.options.cpus_per_worker,
             chunk_bytes=self.sizing.chunk_bytes,
             measure=True,
+            arithmetic=self.plan.arithmetic,
         )
 
     def _runtime(self) -> Runtime:

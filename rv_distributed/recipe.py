@@ -9,11 +9,24 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rv_distributed.errors import UsageError
 
 Operation = Literal["extract", "apply", "transfer"]
+ComputeDType = Literal["float32", "float64"]
+Rounding = Literal["nearest", "stochastic"]
+
+
+class Arithmetic(NamedTuple):
+    """How values are computed and rounded; the same for all tensors of a plan."""
+
+    compute_dtype: ComputeDType
+    """In which differences, products and sums are rounded."""
+    rounding: Rounding
+    """To an output's dtype of 16 bits; to float32 it is always to nearest."""
+    seed: int
+    """Of stochastic rounding: 0 to 2⁶⁴ − 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +83,9 @@ class Recipe:
 
 
 def show_alpha(alpha: float) -> str:
-    """The shortest decimal that is ``alpha`` in float32: 0.7, not 0.699999988."""
-    texts = (f"{alpha:.{digits}g}" for digits in range(1, 9))
-    return next((text for text in texts if as_float32(float(text)) == alpha), f"{alpha:.9g}")
+    """The shortest decimal that is ``alpha``, in float32 or else in float64: 0.7, not 0.699999988."""
+    texts = (f"{alpha:.{digits}g}" for digits in range(1, 18))
+    return next(text for text in texts if alpha in (as_float32(float(text)), float(text)))
 
 
 def as_float32(alpha: float) -> float:

@@ -58,13 +58,18 @@ def build_card(manifest: Manifest, names: Mapping[str, str], licence: Mapping[st
             "| --- | --- | --- | --- |",
             *rows,
             "",
-            f"{totals.combined} of {totals.tensors} tensors were computed in float32 and rounded once; "
+            f"{totals.combined} of {totals.tensors} tensors were computed in {_arithmetic(manifest.options)}; "
             f"{totals.copied} were copied and {totals.cast} cast. Method: arXiv 2509.01363; task arithmetic: "
             "arXiv 2212.04089. `rv_manifest.json` holds digests of every file, `rv_tensors.parquet` a row for "
             "every tensor.",
             "",
         ]
     )
+
+
+def _arithmetic(options: Mapping[str, str]) -> str:
+    how = f"stochastically with seed {options['seed']}" if options["rounding"] == "stochastic" else "to nearest"
+    return f"{options['compute_dtype']} and rounded once, {how}"
 
 
 def _cell(text: str) -> str:

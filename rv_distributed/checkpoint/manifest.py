@@ -114,7 +114,7 @@ class Manifest:
     formula: str
     inputs: tuple[InputEntry, ...]
     alphas: tuple[float, ...]
-    """One a vector, as used: rounded to float32. Empty for extract."""
+    """One a vector, as used: rounded to the dtype of the arithmetic. Empty for extract."""
     options: Mapping[str, str]
     versions: Mapping[str, str]
     created: str

@@ -19,7 +19,7 @@ Vectors = Annotated[
 ]
 Alpha = Annotated[
     str,
-    typer.Option(help="Scale, used as float32. Several, with commas, make one output each.", metavar="NUMBER[,…]"),
+    typer.Option(help="Scale, in --compute-dtype. Several, with commas, make one output each.", metavar="NUMBER[,…]"),
 ]
 
 

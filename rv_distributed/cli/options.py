@@ -12,6 +12,7 @@ import typer
 
 from rv_distributed.cli.units import parse_bytes
 from rv_distributed.errors import UsageError
+from rv_distributed.recipe import ComputeDType, Rounding
 from rv_distributed.runtime.select import DeviceName, RunOptions, RuntimeName
 
 if TYPE_CHECKING:
@@ -41,6 +42,14 @@ class Common:
     exclude: Annotated[
         str | None, typer.Option(help="Tensors whose name matches do not get the vectors.", metavar="REGEX")
     ] = None
+    rounding: Annotated[
+        Rounding,
+        typer.Option(help="Of outputs of 16 bits. stochastic: right on average, so that alpha is not lost in it."),
+    ] = "nearest"
+    seed: Annotated[int, typer.Option(help="Of --rounding stochastic.", metavar="N")] = 0
+    compute_dtype: Annotated[
+        ComputeDType, typer.Option(help="Of the arithmetic, and of alpha: float64 for references and disputes.")
+    ] = "float32"
     runtime: Annotated[
         RuntimeName,
         typer.Option(help="local: this process; ray: worker actors; auto: ray on a cluster or with several GPUs."),
@@ -82,8 +91,15 @@ class Common:
         """The options of the plan. Raises UsageError."""
         from rv_distributed.plan import PlanOptions
 
-        nbytes = parse_bytes(self.max_shard_size, "--max-shard-size")
-        return PlanOptions(self.dtype, nbytes, self.include, self.exclude)
+        return PlanOptions(
+            dtype=self.dtype,
+            max_shard_bytes=parse_bytes(self.max_shard_size, "--max-shard-size"),
+            include=self.include,
+            exclude=self.exclude,
+            rounding=self.rounding,
+            seed=self.seed,
+            compute_dtype=self.compute_dtype,
+        )
 
     def run_options(self) -> RunOptions:
         """The options of the run. Raises UsageError."""

@@ -54,6 +54,8 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
 def plan_summary(job: Job) -> str:
     """What is going to happen, for people."""
     rows = [("operation", f"{job.plan.operation}: {'; '.join(formula(job.plan, row) for row in job.plan.alphas)}")]
+    if special := _arithmetic(job):
+        rows.append(("arithmetic", special))
     for item in job.plan.inputs:
         checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
@@ -94,6 +96,13 @@ def _tensors(job: Job) -> str:
             reasons[tensor.why] = reasons.get(tensor.why, 0) + 1
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
     return f"{text or 'none'} ({why})" if why else text
+
+
+def _arithmetic(job: Job) -> str:
+    """What is not the default of it."""
+    dtype, rounding, seed = job.plan.arithmetic
+    texts = [f"computed in {dtype}"] if dtype != "float32" else []
+    return ", ".join(texts + ([f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []))
 
 
 def _runtime(job: Job) -> str:

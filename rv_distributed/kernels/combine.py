@@ -1,9 +1,9 @@
 """``O = T + Σ αₖ·dₖ`` and ``V = d``, with ``d = A − B``, one block at a time.
 
-Specified to the bit, with RN32 = round to nearest even in float32: ``d = RN32(a − b)``; ``acc = t``; for
-each vector in order ``acc = RN32(acc + RN32(αₖ·dₖ))``; one rounding to the output's dtype at the end.
-Multiplication and addition stay separate operations: a fused multiply-add would skip a rounding, and not
-every device would do it.
+Specified to the bit, with RN = round to nearest even in float32 or, if asked for, in float64: ``d = RN(a − b)``;
+``acc = t``; for each vector in order ``acc = RN(acc + RN(αₖ·dₖ))``; one rounding to the output's dtype at the
+end, which is `Rounder`'s. Multiplication and addition stay separate operations: a fused multiply-add would skip a
+rounding, and not every device would do it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rv_distributed.kernels.rounding import Rounder
 from rv_distributed.measures import Measures
+from rv_distributed.recipe import Arithmetic
 
+_COMPUTE_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
 TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BITS: Final = {2: torch.int16, 4: torch.int32}
 #: Squares below this leave float32's normal range, and sums of them lose what they should measure.
@@ -34,12 +37,21 @@ class Combiner:
     """
 
     def __init__(
-        self, *, block_elements: int, outputs: int, device: torch.device, measure: bool, weighted: bool
+        self,
+        *,
+        block_elements: int,
+        outputs: int,
+        device: torch.device,
+        measure: bool,
+        weighted: bool,
+        arithmetic: Arithmetic,
     ) -> None:
         self.block_elements = block_elements
         self._measure = measure
         self._weighted = weighted
-        self._scratch = [torch.empty(block_elements, device=device) for _ in range(4 + outputs)]
+        self._rounder = Rounder(arithmetic, block_elements=block_elements, device=device)
+        dtype = _COMPUTE_DTYPES[arithmetic.compute_dtype]
+        self._scratch = [torch.empty(block_elements, dtype=dtype, device=device) for _ in range(4 + outputs)]
         self._parts = self._scratch
 
     def combine(
@@ -48,15 +60,19 @@ class Combiner:
         target: Tensor,
         vectors: Sequence[tuple[Tensor, Tensor | None]],
         alphas: Sequence[Sequence[float]],
+        *,
+        name: str,
+        first: int,
     ) -> list[Measures]:
         """Fill each of ``outs`` with ``target + Σ αₖ·vₖ``, with its own row of ``alphas``.
 
         All tensors have one dimension and the same length, at most ``block_elements``; their dtypes are
         float32, bfloat16 or float16 in any mixture. An output whose alphas are all 0 gets the target's
-        own values, unmeasured. Returns the measures of each output.
+        own values, unmeasured. They are the elements from ``first`` of the tensor ``name``, on which stochastic
+        rounding depends. Returns the measures of each output.
         """
         for_t, _, _, product, *accs = self._cut_scratch(target)
-        t = _to_float(target, for_t)
+        t = _widened(target, for_t)
         started = [False] * len(outs)
         d = t
         for index, (plus, minus) in enumerate(vectors):
@@ -70,7 +86,10 @@ class Combiner:
                 torch.add(acc if started[number] else t, weighted, out=acc)
                 started[number] = True
         for out, acc, used in zip(outs, accs, started, strict=True):
-            out.copy_(acc if used else target)
+            if used or out.dtype != target.dtype:
+                self._rounder.round(acc if used else t, out, name=name, first=first)
+            else:
+                out.copy_(target)
         if not self._measure:
             return [Measures()] * len(outs)
         t_sq = _sum_of_squares(t)
@@ -88,26 +107,27 @@ class Combiner:
             measures.append(Measures(v_sq, t_sq, v_max, changed, 0, *_find_nonfinite(out, reach)))
         return measures
 
-    def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None) -> Measures:
-        """Fill ``out`` with ``plus − minus``."""
+    def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None, *, name: str, first: int) -> Measures:
+        """Fill ``out`` with ``plus − minus``; ``name`` and ``first`` as of `combine`."""
         d = self.difference(plus, minus)
-        out.copy_(d)
+        # Under another name than `combine`'s: what is rounded by the same bits twice is not right on average.
+        self._rounder.round(d, out, name=f"vector of {name}", first=first)
         if not self._measure:
             return Measures()
         v_sq, v_max = _size(d)
         inexact = 0
-        if out.dtype != torch.float32:
+        if out.dtype != d.dtype:
             stored = self._parts[3].copy_(out)
             inexact = int(torch.count_nonzero(stored.ne(d) & ~(stored.isnan() & d.isnan())))
         changed = int(torch.count_nonzero(d))
         return Measures(v_sq, 0.0, v_max, changed, inexact, *_find_nonfinite(out, v_max))
 
     def difference(self, plus: Tensor, minus: Tensor | None) -> Tensor:
-        """``RN32(plus − minus)`` in float32; valid until the next call."""
+        """``RN(plus − minus)``; valid until the next call."""
         _, for_plus, for_minus, *_ = self._cut_scratch(plus)
         if minus is None:
-            return _to_float(plus, for_plus)
-        return torch.sub(_to_float(plus, for_plus), _to_float(minus, for_minus), out=for_plus)
+            return _widened(plus, for_plus)
+        return torch.sub(_widened(plus, for_plus), _widened(minus, for_minus), out=for_plus)
 
     def _cut_scratch(self, like: Tensor) -> list[Tensor]:
         """Scratch of this length; cut anew only when the length changes, which it does at tensors' borders."""
@@ -117,8 +137,9 @@ class Combiner:
         return self._parts
 
 
-def _to_float(values: Tensor, scratch: Tensor) -> Tensor:
-    return values if values.dtype == torch.float32 else scratch.copy_(values)
+def _widened(values: Tensor, scratch: Tensor) -> Tensor:
+    """The values in the dtype of the scratch, which the arithmetic is done in."""
+    return values if values.dtype == scratch.dtype else scratch.copy_(values)
 
 
 def _count_changed(out: Tensor, target: Tensor, t: Tensor, scratch: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, get_args
 
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
@@ -18,7 +18,7 @@ from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
 from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
-from rv_distributed.recipe import Recipe, as_float32
+from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, as_float32
 
 _MAX_REPORTED: Final = 20
 
@@ -38,6 +38,12 @@ class PlanOptions:
     """Tensors whose name this regular expression finds do not get the vectors."""
     piece_bytes: int = PIECE_BYTES
     """Size of the unit of scheduling; a multiple of 1 MiB."""
+    rounding: Rounding = "nearest"
+    """To outputs of 16 bits: nearest (even), or stochastic, whose expectation is the value that is rounded."""
+    seed: int = 0
+    """Of stochastic rounding: 0 to 2⁶⁴ − 1. The same seed gives the same bytes, wherever they are computed."""
+    compute_dtype: ComputeDType = "float32"
+    """In which the arithmetic is done, and alpha used."""
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in FROM_USER:
@@ -46,6 +52,14 @@ class PlanOptions:
             raise UsageError("the largest shard must have a positive size")
         if self.piece_bytes <= 0 or self.piece_bytes % PIECE_ALIGNMENT:
             raise UsageError(f"pieces must be multiples of 1 MiB, not {self.piece_bytes} bytes")
+        if self.rounding not in get_args(Rounding):
+            raise UsageError(f"rounding {self.rounding!r} is not one of {', '.join(get_args(Rounding))}")
+        if self.compute_dtype not in get_args(ComputeDType):
+            raise UsageError(f"compute dtype {self.compute_dtype!r} is not one of {', '.join(get_args(ComputeDType))}")
+        if not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"--seed: {self.seed} is not between 0 and 2⁶⁴ − 1")
+        if self.seed and self.rounding != "stochastic":
+            raise UsageError(f"--seed {self.seed} changes nothing without --rounding stochastic; give both or neither")
         for pattern in (self.include, self.exclude):
             try:
                 re.compile(pattern or "")
@@ -76,7 +90,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
     Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection.
     """
-    alphas = tuple(tuple(as_float32(alpha) for alpha in row) for row in recipe.alphas)
+    alphas = tuple(tuple(_rounded(alpha, options.compute_dtype) for alpha in row) for row in recipe.alphas)
     pairs = [
         _Pair(number, opened[vector.plus], opened[vector.minus] if vector.minus is not None else None)
         for number, vector in ((number, recipe.vectors[number]) for number in recipe.used)
@@ -129,6 +143,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         operation=recipe.operation,
         inputs=_inputs(recipe, opened),
         alphas=alphas,
+        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed),
         tensors=tuple(tensors),
         shards=shards,
         pieces=cut_pieces([shard.size for shard in shards], options.piece_bytes),
@@ -138,8 +153,17 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
             ("max_shard_bytes", str(options.max_shard_bytes)),
             ("include", options.include or ""),
             ("exclude", options.exclude or ""),
+            ("rounding", options.rounding),
+            ("seed", str(options.seed)),
+            ("compute_dtype", options.compute_dtype),
         ),
     )
+
+
+def _rounded(alpha: float, dtype: ComputeDType) -> float:
+    """``alpha`` as the arithmetic uses it. One that is 0 in float32 is 0: `Recipe.used` goes by that."""
+    single = as_float32(alpha)
+    return alpha if dtype == "float64" and single else single
 
 
 def _match(

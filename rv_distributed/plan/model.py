@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rv_distributed.checkpoint.model import FileState
-from rv_distributed.recipe import Operation
+from rv_distributed.recipe import Arithmetic, Operation
 
 Rule = Literal["combine", "cast", "copy"]
 
@@ -116,7 +116,8 @@ class Plan:
     operation: Operation
     inputs: tuple[PlannedInput, ...]
     alphas: tuple[tuple[float, ...], ...]
-    """One tuple an output, one float32 alpha a vector."""
+    """One tuple an output, one alpha a vector, rounded to the dtype of the arithmetic."""
+    arithmetic: Arithmetic
     tensors: tuple[TensorPlan, ...]
     """In file order."""
     shards: tuple[ShardPlan, ...]

@@ -38,6 +38,7 @@ class PartComputer:
             device=device,
             measure=config.measure,
             weighted=len(config.alphas[0]) > 1,
+            arithmetic=config.arithmetic,
         )
         self._cuda_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -107,9 +108,10 @@ class PartComputer:
             for operand, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True)
         ]
         if span.target is None:
-            measured = [self._combiner.extract(results[0], *vectors[0])]
+            measured = [self._combiner.extract(results[0], *vectors[0], name=span.name, first=part.first + done)]
         else:
-            measured = self._combiner.combine(results, load(part.target, span.target), vectors, alphas)
+            target = load(part.target, span.target)
+            measured = self._combiner.combine(results, target, vectors, alphas, name=span.name, first=part.first + done)
         if not in_place:
             for out, result in zip(outs, results, strict=True):
                 raw = result.view(torch.uint8)[low - place : high - place]

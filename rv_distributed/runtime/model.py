@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from rv_distributed.plan import PieceTask
+from rv_distributed.recipe import Arithmetic
 
 #: Compute happens in blocks of this many output bytes, cut at multiples of it in the output file: small
 #: enough for the processor's caches, and the same blocks whatever the chunks and pieces.
@@ -34,6 +35,7 @@ class WorkerConfig:
     """Output bytes that a stream reads, computes and writes at a time; a multiple of `BLOCK_BYTES`."""
     measure: bool
     """Whether norms and changes are measured."""
+    arithmetic: Arithmetic
 
 
 class SpanResult(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.errors import UsageError
@@ -12,6 +12,8 @@ from rv_distributed.runtime.model import BLOCK_BYTES
 #: Large enough for full storage speed, small enough that many streams fit a small budget.
 CHUNK_BYTES = 4 << 20
 DEFAULT_BUDGET_BYTES = 512 << 20
+#: Of a stream that rounds otherwise than from float32 to nearest: random bits, and temporaries in float64.
+_ROUNDING_BYTES: Final = 10 * BLOCK_BYTES
 
 
 class Sizing(NamedTuple):
@@ -30,8 +32,11 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     """
     outputs = len(plan.alphas)
     ratio = max((_operand_ratio(tensor) for tensor in plan.tensors), default=1.0)
-    # Scratch of the kernels: float32, for as many elements as a block of a 16-bit dtype has.
-    scratch = (4 + outputs) * 2 * BLOCK_BYTES
+    # Scratch of the kernels: in the dtype of the arithmetic, as many elements as a block of a 16-bit dtype has.
+    width = 8 if plan.arithmetic.compute_dtype == "float64" else 4
+    scratch = (4 + outputs) * width * (BLOCK_BYTES // 2)
+    if plan.arithmetic.compute_dtype == "float64" or plan.arithmetic.rounding == "stochastic":
+        scratch += _ROUNDING_BYTES
 
     def stream_bytes(chunk: int) -> int:
         return int(chunk * (ratio + outputs)) + scratch

@@ -92,6 +92,9 @@ def _options_of(manifest: Manifest) -> PlanOptions:
         include=recorded["include"] or None,
         exclude=recorded["exclude"] or None,
         piece_bytes=_PIECE_BYTES,
+        rounding=recorded["rounding"],  # type: ignore[arg-type]  # checked by the options themselves
+        seed=int(recorded["seed"]),
+        compute_dtype=recorded["compute_dtype"],  # type: ignore[arg-type]  # likewise
     )
 
 
@@ -133,6 +136,7 @@ def _compare(plan: Plan, pieces: Sequence[Piece], output: str, progress: VerifyP
         cpus=usable_cpus(),
         chunk_bytes=sizing.chunk_bytes,
         measure=False,
+        arithmetic=plan.arithmetic,
     )
     total, done = sum(piece.stop - piece.start for piece in pieces), 0
     findings = []

@@ -21,7 +21,7 @@ def manifest(*roles: str, operation: str = "transfer") -> Manifest:
         formula="target + 0.7·(donor − reference)",
         inputs=inputs,
         alphas=(0.7,),
-        options={},
+        options={"rounding": "nearest", "seed": "0", "compute_dtype": "float32"},
         versions={},
         created="2025-09-01T12:00:00+00:00",
         identity="0" * 64,
@@ -89,7 +89,7 @@ def test_the_card_says_what_was_computed_from_what() -> None:
     card = build_card(manifest("target", "donor"), NAMES, {})
     assert "# A model with a reasoning vector added\n" in card
     assert "\n    target + 0.7·(donor − reference)\n" in card
-    assert "9 of 12 tensors were computed in float32 and rounded once; 1 were copied and 2 cast." in card
+    assert "9 of 12 tensors were computed in float32 and rounded once, to nearest; 1 were copied and 2 cast." in card
     assert cells(card) == [
         ["role", "model", "revision", "fingerprint"],
         ["---"] * 4,

@@ -82,6 +82,26 @@ def test_extract_apply_and_transfer_agree_and_verify(models: Path, tmp_path: Pat
         assert rv("verify", out).returncode == 0
 
 
+def test_rounding_and_arithmetic_are_shown_recorded_and_verified(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--rounding", "stochastic", "--seed", "9", "--compute-dtype", "float64", "--dtype", "bfloat16"]
+    done = rv(*transfer_of(models, out, *options, "--alpha", "0.3"))
+    assert done.returncode == 0, done.stderr
+    assert "computed in float64, rounded stochastically with seed 9" in done.stdout
+    recorded = json.loads((out / "rv_manifest.json").read_bytes())
+    assert recorded["alphas"] == [0.3]
+    assert [recorded["options"][name] for name in ("rounding", "seed", "compute_dtype")] == [
+        "stochastic",
+        "9",
+        "float64",
+    ]
+    again = rv(*transfer_of(models, out, *options, "--alpha", "0.3"))
+    assert "already complete" in again.stdout
+    assert rv(*transfer_of(models, out, *options, "--alpha", "0.3", "--seed", "8")).returncode == 2
+    checked = rv("verify", out, "--against-inputs")
+    assert checked.returncode == 0, checked.stderr
+
+
 def test_several_alphas_make_the_outputs_that_single_runs_make(models: Path, tmp_path: Path) -> None:
     done = rv(*transfer_of(models, tmp_path / "a-{alpha}", "--alpha", "0,0.5,-1.0"))
     assert done.returncode == 0, done.stderr
@@ -126,6 +146,10 @@ def test_bad_input_is_reported_whole_with_status_2_and_nothing_written(models: P
         (["--include", "nothing matches"], "leave no tensor"),
         (["--dtype", "int8"], "int8"),
         (["--workers", "0"], "--workers"),
+        (["--rounding", "up"], "--rounding"),
+        (["--seed", "3"], "--rounding stochastic"),
+        (["--rounding", "stochastic", "--seed=-1"], "--seed"),
+        (["--compute-dtype", "float16"], "--compute-dtype"),
         (["--no-such-option"], "no-such-option"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

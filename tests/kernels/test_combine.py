@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,14 @@ from reference import Raw, accumulated, any_bits, combined, difference, extracte
 from rv_distributed.kernels import Combiner
 from rv_distributed.kernels.combine import TORCH_DTYPES
 from rv_distributed.measures import Measures
+from rv_distributed.recipe import Arithmetic
 
 DTYPES = ("F32", "BF16", "F16")
 ALPHAS = (1.0, -1.0, 0.5, 0.7, 1e-3, 0.0)
 BLOCK = 1 << 16
+DEFAULT = Arithmetic("float32", "nearest", 0)
+#: Which elements of which tensor: to nearest, it makes no difference.
+WHERE: dict[str, Any] = {"name": "x", "first": 0}
 
 
 def tensor_of(raw: Raw) -> torch.Tensor:
@@ -29,7 +34,14 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 def combiner(outputs: int = 1, *, measure: bool = True, weighted: bool = False, block: int = BLOCK) -> Combiner:
     device = torch.device("cpu")
-    return Combiner(block_elements=block, outputs=outputs, device=device, measure=measure, weighted=weighted)
+    return Combiner(
+        block_elements=block,
+        outputs=outputs,
+        device=device,
+        measure=measure,
+        weighted=weighted,
+        arithmetic=DEFAULT,
+    )
 
 
 def run_combine(
@@ -42,14 +54,14 @@ def run_combine(
     t = tensor_of(target)
     outs = [torch.empty(t.numel(), dtype=TORCH_DTYPES[dtype]) for dtype in dtypes]
     operands = [(tensor_of(plus), tensor_of(minus) if minus else None) for plus, minus in vectors]
-    measures = combiner(len(outs), weighted=len(vectors) > 1, block=block).combine(outs, t, operands, alphas)
+    measures = combiner(len(outs), weighted=len(vectors) > 1, block=block).combine(outs, t, operands, alphas, **WHERE)
     assert bytes_of(t) == target.data, "an input was written to"
     return [Raw(dtype, target.shape, bytes_of(out)) for dtype, out in zip(dtypes, outs, strict=True)], measures
 
 
 def run_extract(plus: Raw, minus: Raw | None, dtype: str, block: int = BLOCK) -> tuple[Raw, Measures]:
     out = torch.empty(plus.shape[0], dtype=TORCH_DTYPES[dtype])
-    measures = combiner(block=block).extract(out, tensor_of(plus), tensor_of(minus) if minus else None)
+    measures = combiner(block=block).extract(out, tensor_of(plus), tensor_of(minus) if minus else None, **WHERE)
     return Raw(dtype, plus.shape, bytes_of(out)), measures
 
 
@@ -278,7 +290,7 @@ def test_nothing_is_measured_when_nobody_asks() -> None:
     target, plus = weights(rng, "BF16", (100,)), weights(rng, "BF16", (100,))
     out = torch.empty(100, dtype=torch.bfloat16)
     quiet = combiner(measure=False)
-    assert quiet.combine([out], tensor_of(target), [(tensor_of(plus), None)], [[0.7]]) == [Measures()]
+    assert quiet.combine([out], tensor_of(target), [(tensor_of(plus), None)], [[0.7]], **WHERE) == [Measures()]
     assert bytes_of(out) == combined(target, [(plus, None)], [0.7]).data
-    assert quiet.extract(out, tensor_of(plus), None) == Measures()
+    assert quiet.extract(out, tensor_of(plus), None, **WHERE) == Measures()
     assert bytes_of(out) == plus.data

@@ -147,6 +147,26 @@ def test_alphas_are_rounded_to_float32() -> None:
     assert plan.alphas != ((0.7,),)
 
 
+def test_alphas_are_as_written_when_the_arithmetic_is_float64() -> None:
+    wide = PlanOptions(compute_dtype="float64")
+    assert transfer(MODEL, MODEL, MODEL, wide, alpha=0.7).alphas == ((0.7,),)
+    # What is 0 in float32 leaves the vector out, in either.
+    assert transfer(MODEL, MODEL, MODEL, wide, alpha=1e-60).alphas == ((0.0,),)
+
+
+def test_the_arithmetic_is_part_of_the_plan_and_of_its_options() -> None:
+    plan = transfer(
+        MODEL, MODEL, MODEL, PlanOptions(rounding="stochastic", seed=(1 << 64) - 1, compute_dtype="float64")
+    )
+    assert plan.arithmetic == ("float64", "stochastic", (1 << 64) - 1)
+    options = dict(plan.options)
+    assert (options["rounding"], options["seed"], options["compute_dtype"]) == (
+        "stochastic",
+        "18446744073709551615",
+        "float64",
+    )
+
+
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e39])
 def test_an_alpha_beyond_float32_is_refused(alpha: float) -> None:
     with pytest.raises(UsageError, match="not a finite float32"):
@@ -245,6 +265,11 @@ def test_tensors_outside_the_vector_are_cast_when_the_dtype_differs() -> None:
         ({"exclude": "["}, "regular expression"),
         ({"piece_bytes": 0}, "1 MiB"),
         ({"piece_bytes": (1 << 20) + 1}, "1 MiB"),
+        ({"rounding": "up"}, "nearest, stochastic"),
+        ({"compute_dtype": "bfloat16"}, "float32, float64"),
+        ({"seed": 1}, "--rounding stochastic"),
+        ({"rounding": "stochastic", "seed": -1}, "between 0 and"),
+        ({"rounding": "stochastic", "seed": 1 << 64}, "between 0 and"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:

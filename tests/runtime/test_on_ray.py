@@ -10,6 +10,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_both_runtimes_give_the_same_folders_for_any_number_of_workers(models: P
         assert contents(tmp_path / f"local-{workers}") == expected
 
 
+@pytest.mark.usefixtures("cluster")
+def test_both_runtimes_round_stochastically_to_the_same_bytes(models: Path, tmp_path: Path) -> None:
+    plan = replace(SMALL, dtype="bfloat16", rounding="stochastic", seed=5, compute_dtype="float64")
+    target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
+    local, on_ray = (rv.RunOptions(runtime="local", workers=2), rv.RunOptions(runtime="ray", workers=2))
+    made = []
+    for name, options, seed in (("one", local, 5), ("same", on_ray, 5), ("other", local, 6)):
+        out = tmp_path / name
+        rv.transfer(target, donor, reference, str(out), plan_options=replace(plan, seed=seed), run_options=options)
+        made.append({path.name: path.read_bytes() for path in out.glob("*.safetensors")})
+    assert made[0] == made[1] != made[2]
+
+
 def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, rv.Job]:
     """Tasks and configuration of a run whose shards are ready in ``folder``."""
     target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
@@ -83,8 +97,9 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
     job = rv.prepare(recipe, [str(folder / "out")], SMALL, rv.RunOptions(runtime="ray"))
     for shard in job.plan.shards:
         preallocate(str(folder / shard.name), shard.size)
-    sizing = job.sizing
-    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", sizing.streams, 1, sizing.chunk_bytes, True)
+    streams, chunk_bytes, _ = job.sizing
+    arithmetic = job.plan.arithmetic
+    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", streams, 1, chunk_bytes, True, arithmetic)
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 

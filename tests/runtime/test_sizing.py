@@ -17,7 +17,12 @@ MIB = 1 << 20
 
 
 def plan_of(
-    elements: int, *, donor: str = "BF16", reference: str = "BF16", outputs: int = 1, out: str = "auto"
+    elements: int,
+    *,
+    donor: str = "BF16",
+    reference: str = "BF16",
+    outputs: int = 1,
+    options: PlanOptions | None = None,
 ) -> Plan:
     opened = {
         "t": described("/t", {"x": ("BF16", (elements,)), "ids": ("I64", (2,))}),
@@ -25,7 +30,7 @@ def plan_of(
         "b": described("/b", {"x": (reference, (elements,))}),
     }
     alphas = tuple((float(number),) for number in range(1, outputs + 1))
-    return make_plan(Recipe("transfer", "t", (Vector("a", "b"),), alphas), opened, PlanOptions(dtype=out))
+    return make_plan(Recipe("transfer", "t", (Vector("a", "b"),), alphas), opened, options or PlanOptions())
 
 
 def least_bytes(plan: Plan) -> int:
@@ -99,10 +104,18 @@ def test_a_budget_too_small_is_refused_with_what_would_do() -> None:
     assert size_buffers(plan, streams=4, budget_bytes=least).streams == 1
 
 
+def test_float64_and_random_bits_count_as_buffers() -> None:
+    default = least_bytes(plan_of(10**9))
+    stochastic = least_bytes(plan_of(10**9, options=PlanOptions(rounding="stochastic")))
+    wide = least_bytes(plan_of(10**9, options=PlanOptions(compute_dtype="float64")))
+    assert stochastic - default == 10 * BLOCK_BYTES
+    assert wide - stochastic == (4 + 1) * 2 * BLOCK_BYTES
+
+
 @pytest.mark.parametrize(
     ("donor", "reference", "out", "read_per_element"),
     [("BF16", "BF16", "auto", 6), ("F32", "F32", "auto", 10), ("F32", "BF16", "float32", 8)],
 )
 def test_bytes_to_read_counts_every_operand_once(donor: str, reference: str, out: str, read_per_element: int) -> None:
-    plan = plan_of(1000, donor=donor, reference=reference, out=out)
+    plan = plan_of(1000, donor=donor, reference=reference, options=PlanOptions(dtype=out))
     assert bytes_to_read(plan) == 1000 * read_per_element + 16
