@@ -33,3 +33,10 @@ def test_scrape_config_reads_rays_own_list() -> None:
     assert config["rule_files"] == ["rules.yaml"]
     (job,) = config["scrape_configs"]
     assert job["file_sd_configs"] == [{"files": ["/tmp/ray/prom_metrics_service_discovery.json"]}]  # noqa: S108
+
+
+def test_pod_monitor_reads_the_port_that_the_pods_name() -> None:
+    (monitor,) = documents(CLUSTER / "prometheus" / "podmonitor.yaml")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for path in sorted((CLUSTER / "kuberay").glob("ray*.yaml")):
+        assert f"name: {endpoint['port']}, containerPort: 8080" in path.read_text()
