@@ -209,6 +209,17 @@ def test_cuda_is_refused_where_the_cluster_has_none(models: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("cluster")
+def test_gpus_that_a_cluster_may_still_get_are_waited_for(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_START_S", 0.5)
+    monkeypatch.setattr(pool, "_LOOK_S", 0.1)
+    with pytest.raises(rv.WorkerError, match="no worker came up in 0 s: no node of the cluster has 1 CPU, 1 GPU"):
+        run(models, tmp_path / "out", runtime="ray", device="cuda", workers=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unreachable_cluster_is_a_usage_error(models: Path, tmp_path: Path) -> None:
     with pytest.raises(rv.UsageError, match="job server"):
         run(models, tmp_path / "out", runtime="ray", address="http://127.0.0.1:8265")

@@ -47,9 +47,13 @@ class RayRuntime:
             if self._started:
                 self._connect()
             gpus = _resource("GPU") if self._options.device != "cpu" else 0
-            if self._options.device == "cuda" and gpus == 0:
-                raise UsageError("--device cuda: the Ray cluster has no GPUs; use --device cpu")
-            self._uses_gpus = gpus > 0
+            # A cluster that scales up may have none yet; how many are wanted has to be said then.
+            may_come = self._options.workers is not None and not (self._started and not self._address)
+            if self._options.device == "cuda" and gpus == 0 and not may_come:
+                raise UsageError(
+                    "--device cuda: the Ray cluster has no GPUs; use --device cpu, or give --workers if it scales up"
+                )
+            self._uses_gpus = gpus > 0 or self._options.device == "cuda"
         except BaseException:
             self.__exit__()
             raise
