@@ -89,15 +89,22 @@ def _bar(job: Job) -> Iterator[Callable[[Progress], None]]:
 
 
 def _every_few_seconds(show: Callable[[Progress, float], None]) -> Callable[[Progress], None]:
-    """``show`` with the speed in bytes a second, when enough time has passed since the last time."""
-    shown = began = time.monotonic()
+    """``show`` with the speed in bytes a second, when enough time has passed since the last time.
+
+    The speed is that since the first piece was finished: what came before is mostly the start of the workers.
+    """
+    shown = time.monotonic()
+    first: tuple[float, int] | None = None
 
     def limited(progress: Progress) -> None:
-        nonlocal shown
+        nonlocal shown, first
         now = time.monotonic()
-        if now - shown >= _LINE_EVERY_S:
+        if first is None:
+            first = now, progress.bytes_written
+        elif now - shown >= _LINE_EVERY_S:
             shown = now
-            show(progress, progress.bytes_written / max(now - began, 1e-9))
+            began, written = first
+            show(progress, (progress.bytes_written - written) / max(now - began, 1e-9))
 
     return limited
 

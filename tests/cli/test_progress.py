@@ -1,0 +1,23 @@
+"""Progress lines: how often, and what speed they tell."""
+
+from __future__ import annotations
+
+import pytest
+
+from rv_distributed.cli import progress as module
+from rv_distributed.watching import Progress
+
+
+def at(written: int) -> Progress:
+    return Progress(1, 10, 0, written, 1000, 0.0, {})
+
+
+def test_the_speed_is_that_since_the_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    lines: list[tuple[int, float]] = []
+    show = module._every_few_seconds(lambda progress, speed: lines.append((progress.bytes_written, speed)))
+    for now, written in ((130.0, 100), (132.0, 300), (133.0, 400), (138.0, 900)):
+        clock[0] = now
+        show(at(written))
+    assert lines == [(300, 100.0), (900, 100.0)]
