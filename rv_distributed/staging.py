@@ -117,7 +117,8 @@ class Staging:
         return held
 
     def _note(self, held: _Held) -> None:
-        write_durably(os.path.join(self.work, _PLAN), json.dumps(held._asdict(), indent=2).encode())
+        document = {"check": _check(json.dumps(held)), **held._asdict()}
+        write_durably(os.path.join(self.work, _PLAN), json.dumps(document, indent=2).encode())
 
     def preallocate(self, plan: Plan) -> None:
         """Reserve the space of every shard. Raises OutputError when it is not there."""
@@ -249,11 +250,14 @@ def _read_held(work: str) -> _Held | None:
     path = os.path.join(work, _PLAN)
     try:
         with open(path, encoding="utf-8") as file:
-            held = _Held(**json.load(file))
+            document = json.load(file)
+        check, held = document.pop("check"), _Held(**document)
+        if check != _check(json.dumps(held)):
+            raise ValueError("it has changed since it was written")
         return held._replace(folder=os.path.basename(held.folder))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise OutputError(
             f"{path}: what an unfinished run was making cannot be read ({error!r}). "
             "Give --restart to throw its pieces away."

@@ -10,6 +10,7 @@ import shutil
 import signal
 
 import pytest
+from blake3 import blake3
 
 from faults.conftest import World
 from faults.harness import STEPS, Fault, content_of, damage, lost_bytes, staged
@@ -52,7 +53,8 @@ def test_another_run_on_unfinished_pieces_is_refused_with_the_difference(world: 
         held = json.loads(plan.read_text())
         name, version = {"version": ("rv-distributed", "0.0.1"), "torch": ("torch", "1.0")}[what]
         held["identity"]["versions"][name] = version
-        plan.write_text(json.dumps(held))
+        sealed = json.dumps([held["folder"], held["identity"], held["manifest"]])
+        plan.write_text(json.dumps({**held, "check": blake3(sealed.encode()).hexdigest(16)}))
     if what == "input":
         shutil.copytree(world.inputs / "donor", world.place / "donor")
         command = [world.place / "donor" if part == world.inputs / "donor" else part for part in command]
@@ -67,6 +69,29 @@ def test_another_run_on_unfinished_pieces_is_refused_with_the_difference(world: 
     assert (done.status, done.stderr) == (0, "")
     assert "pieces kept" not in done.stdout
     assert not staged(out).exists()
+
+
+@pytest.mark.parametrize("what", ["one letter of a digest", "a field less", "no object"])
+def test_a_plan_that_has_changed_on_the_disk_is_refused(world: World, what: str) -> None:
+    """A wrong digest in it would be taken for changed inputs, or would let changed inputs pass."""
+    out = finished_pieces(world) / "out"
+    plan = staged(out) / "plan.json"
+    text = plan.read_text()
+    match what:
+        case "one letter of a digest":
+            digest = re.findall(r"[0-9a-f]{64}", text)[0]
+            plan.write_text(text.replace(digest, digest[:-1] + ("0" if digest[-1] != "0" else "1"), 1))
+        case "a field less":
+            plan.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "check"}))
+        case "no object":
+            plan.write_text("[]")
+    refused = world.rv(out)
+    assert refused.status == 2
+    assert f"{plan}: what an unfinished run was making cannot be read" in refused.stderr
+    assert "--restart" in refused.stderr
+    done = world.rv(out, "--restart")
+    assert (done.status, done.stderr) == (0, "")
+    assert lost_bytes(content_of(out), world.wanted) == 0
 
 
 def test_a_complete_output_is_left_as_it_is(world: World) -> None:
