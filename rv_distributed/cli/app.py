@@ -55,6 +55,7 @@ def main() -> None:
         signal.signal(signum, _interrupt)
     try:
         status = app(prog_name="rv", standalone_mode=False)
+        _let_go()
     except typer.Exit as done:
         status = done.exit_code
     except RvError as error:
@@ -70,6 +71,7 @@ def main() -> None:
         status = 2
         if "--json" in sys.argv[1:]:
             print_error(type(error).__name__, str(error), status)
+    _let_go()
     gc.freeze()
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -100,6 +102,12 @@ def print_error(kind: str, message: str, status: int, **more: object) -> None:
     """Print the JSON document of an error."""
     error = {"type": kind, "message": message, "exit_status": status}
     say(json.dumps({"schema_version": 1, "status": "error", "error": error, **more}, indent=2))
+
+
+def _let_go() -> None:
+    """From here on there is nothing to stop in order: a signal ends the process as it would any other."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:

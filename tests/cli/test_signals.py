@@ -86,3 +86,21 @@ def test_a_signal_in_the_middle_of_starting_a_thread_prints_no_traceback(tmp_pat
     assert stopped.returncode == 128 + signal.SIGTERM
     assert stopped.stderr.splitlines()[0] == "rv: stopped by SIGTERM"
     assert "Traceback" not in stopped.stderr
+
+
+#: ``rv`` that gets a signal when all is done, while the interpreter ends.
+INTERRUPTED_END = """
+import atexit, os, signal
+atexit.register(lambda: os.kill(os.getpid(), int(os.environ["TEST_SIGNAL"])))
+from rv_distributed.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_ends_the_process_without_a_traceback(signum: signal.Signals) -> None:
+    argv = [sys.executable, "-c", INTERRUPTED_END, "--version"]
+    environment = {**os.environ, "TEST_SIGNAL": str(int(signum))}
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert ended.returncode == -signum
+    assert ended.stderr == ""
