@@ -36,13 +36,19 @@ app.command()(demo.demo)
 app.command(context_settings={"allow_interspersed_args": False})(submit.submit)
 
 
-@app.callback()
-def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         say(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_show_version
+    ),
+) -> None:
+    """The version is shown by its option's callback, before a missing command would be an error."""
 
 
 def main() -> None:

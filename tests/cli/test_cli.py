@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rv_distributed import __version__
 from rv_distributed.demo import make_checkpoints
 
 RV = [sys.executable, "-c", "from rv_distributed.cli import main; main()"]
@@ -34,6 +35,11 @@ def transfer_of(models: Path, out: Path, *more: str) -> list[str | Path]:
     roles = ("target", "donor", "reference")
     inputs = [text for role in roles for text in (f"--{role}", models / role)]
     return ["transfer", *inputs, "--out", out, *more]
+
+
+def test_version_is_printed_without_a_command() -> None:
+    shown = rv("--version")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"{__version__}\n", "")
 
 
 def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
