@@ -17,13 +17,15 @@ from typing import Literal
 
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.pieces import PieceRow
 from rv_distributed.errors import InputError, OutputError, PieceError, Problem, RunError, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.opening import open_checkpoint, same_weights
 from rv_distributed.plan import Plan, PlanOptions, make_plan, misfits, task_of
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer, check_unchanged
-from rv_distributed.runtime.model import Runtime, WorkerConfig
+from rv_distributed.results import piece_rows
+from rv_distributed.runtime.model import PieceResult, Runtime, WorkerConfig
 from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpus
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to_read, size_buffers
 from rv_distributed.staging import Staging, published, tidy
@@ -232,13 +234,13 @@ class Job:
             kept = self._keep(stagings, reducers)
             watch = self._watch(stagings, kept, progress)
             try:
-                timings = self._stream(runtime, stagings, reducers, kept, watch)
+                timings, pieces = self._stream(runtime, stagings, reducers, kept, watch)
                 watch.committing()
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
                         reducer.check_finite()
                 frame = self.opened[self.recipe.frame]
-                manifests = [reducer.commit(frame, self.opened, timings) for reducer in reducers]
+                manifests = [reducer.commit(frame, self.opened, timings, pieces) for reducer in reducers]
             except BaseException as error:
                 watch.stopped(error)
                 raise
@@ -271,10 +273,11 @@ class Job:
         reducers: Sequence[Reducer],
         kept: set[int],
         watch: Watch,
-    ) -> Timings:
+    ) -> tuple[Timings, list[PieceRow]]:
         """Run all pieces that are not kept."""
         tasks = (task_of(self.plan, piece) for piece in self.plan.pieces if piece.number not in kept)
         began = time.monotonic()
+        done: list[tuple[PieceResult, float]] = []
         # Closed before the stagings are: no worker may write once another run can take the place.
         with closing(runtime.run(tasks, self._worker_config(stagings))) as results:
             for result in results:
@@ -282,8 +285,10 @@ class Job:
                     reducer.add(result.piece, spans)
                     staging.record(result.piece, spans)
                 watch.add(result)
+                # Of its outputs, the reducers have what is wanted.
+                done.append((result._replace(outputs=()), time.monotonic() - began))
         shares = watch.workers.values()
-        return Timings(
+        timings = Timings(
             run_s=time.monotonic() - began,
             read_s=sum(share.read_s for share in shares),
             compute_s=sum(share.compute_s for share in shares),
@@ -293,6 +298,7 @@ class Job:
             pieces=len(self.plan.pieces),
             pieces_kept=len(kept),
         )
+        return timings, piece_rows(self.plan, done)
 
     def _worker_config(self, stagings: Sequence[Staging]) -> WorkerConfig:
         return WorkerConfig(
@@ -302,7 +308,7 @@ class Job:
             streams=self.sizing.streams,
             cpus=usable_cpus() if self.runtime == "local" else self.options.cpus_per_worker,
             chunk_bytes=self.sizing.chunk_bytes,
-            measure=True,
+            stats=self.plan.stats,
             arithmetic=self.plan.arithmetic,
         )
 

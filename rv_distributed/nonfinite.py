@@ -30,7 +30,7 @@ def _problems(plan: Plan, out: str, rows: Iterable[TensorRow]) -> Iterator[Probl
     for tensor, row in zip(plan.tensors, rows, strict=True):
         if row.first_nonfinite is None:
             continue
-        count = f"{row.nonfinite} of {math.prod(row.shape)} elements are NaN or infinite in {out}"
+        count = f"{row.nan + row.infinite} of {math.prod(row.shape)} elements are NaN or infinite in {out}"
         sources = [(role, operand, _element(operand, row.first_nonfinite)) for role, operand in _operands(tensor)]
         found = ", ".join(f"{role} {value}" for role, _, value in sources)
         where = next((operand.path for _, operand, value in sources if not math.isfinite(value)), out)

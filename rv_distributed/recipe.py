@@ -16,6 +16,7 @@ from rv_distributed.errors import UsageError
 Operation = Literal["extract", "apply", "transfer"]
 ComputeDType = Literal["float32", "float64"]
 Rounding = Literal["nearest", "stochastic"]
+Stats = Literal["full", "basic", "none"]
 
 
 class Arithmetic(NamedTuple):

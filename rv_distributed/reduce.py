@@ -8,11 +8,9 @@ everything and publishes it by one rename.
 
 from __future__ import annotations
 
-import math
 import os
 import platform
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 
@@ -22,6 +20,7 @@ from rv_distributed.checkpoint.card import build_card, license_fields, model_nam
 from rv_distributed.checkpoint.index import INDEX_FILE, build_index
 from rv_distributed.checkpoint.manifest import (
     MANIFEST_FILE,
+    PIECES_FILE,
     TABLE_FILE,
     FileEntry,
     InputEntry,
@@ -32,14 +31,15 @@ from rv_distributed.checkpoint.manifest import (
     Totals,
 )
 from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.pieces import PieceRow, write_pieces
 from rv_distributed.checkpoint.sidecars import with_dtype
-from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of, shard_digest, write_table
+from rv_distributed.checkpoint.table import TensorRow, shard_digest, write_table
 from rv_distributed.errors import ChangedError, RunError
 from rv_distributed.identity import identity_digest
-from rv_distributed.measures import largest
 from rv_distributed.nonfinite import check_finite
-from rv_distributed.plan import Plan, TensorPlan
+from rv_distributed.plan import Plan
 from rv_distributed.recipe import show_alpha
+from rv_distributed.results import tensor_rows
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging import Staging
 from rv_distributed.storage import open_folder
@@ -54,6 +54,7 @@ class Reducer:
 
     def __init__(self, plan: Plan, output: int, staging: Staging) -> None:
         self._plan = plan
+        self._output = output
         self._alphas = plan.alphas[output]
         self._staging = staging
         self._pieces: dict[int, tuple[SpanResult, ...]] = {}
@@ -65,17 +66,20 @@ class Reducer:
     def check_finite(self) -> None:
         """Raise NonFiniteError when the output holds NaN or infinity; otherwise as `commit`."""
         check_unchanged(self._plan)
-        check_finite(self._plan, self._staging.out, self._rows)
+        check_finite(self._plan, self._staging.out, self._results[0])
 
-    def commit(self, frame: Checkpoint, opened: Mapping[str, Checkpoint], timings: Timings) -> Manifest:
+    def commit(
+        self, frame: Checkpoint, opened: Mapping[str, Checkpoint], timings: Timings, pieces: Sequence[PieceRow]
+    ) -> Manifest:
         """Write the small files, flush everything, publish, and return the manifest.
 
-        ``frame`` is the checkpoint whose sidecar files go with the output. Raises RunError when a piece is
-        missing, ChangedError when an input is no longer what the plan was made from, and OSError.
+        ``frame`` is the checkpoint whose sidecar files go with the output; ``pieces`` say who made what and when.
+        Raises RunError when a piece is missing, ChangedError when an input is no longer what the plan was made from,
+        and OSError.
         """
         check_unchanged(self._plan)
-        rows = self._rows
-        files = [self._write(TABLE_FILE, write_table(rows))]
+        rows, totals = self._results
+        files = [self._write(TABLE_FILE, write_table(rows)), self._write(PIECES_FILE, write_pieces(pieces))]
         if len(self._plan.shards) > 1:
             weight_map = {row.name: row.shard for row in rows}
             files.append(self._write(INDEX_FILE, build_index(weight_map, self._plan.data_bytes)))
@@ -100,7 +104,7 @@ class Reducer:
             shards=self._shards(rows),
             files=tuple(files),
             left_out=tuple(LeftOut(name, why) for name, why in self._plan.left_out),
-            totals=_totals(self._plan, rows),
+            totals=totals,
             timings=timings,
         )
         names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
@@ -120,47 +124,12 @@ class Reducer:
         return FileEntry(name, len(data), blake3(data).hexdigest())
 
     @cached_property
-    def _rows(self) -> list[TensorRow]:
-        """A row for every tensor of the plan, in its order. Raises RunError when a piece is missing."""
+    def _results(self) -> tuple[list[TensorRow], Totals]:
+        """As `tensor_rows`. Raises RunError when a piece is missing."""
         missing = len(self._plan.pieces) - len(self._pieces)
         if missing:
             raise RunError(f"{missing} of {len(self._plan.pieces)} pieces were never finished; run again to continue")
-        spans: list[list[tuple[PartDigest, SpanResult]]] = [[] for _ in self._plan.tensors]
-        for piece in self._plan.pieces:
-            for span in self._pieces[piece.number]:
-                tensor = self._plan.tensors[span.tensor]
-                part = PartDigest(max(tensor.start, piece.start), min(tensor.stop, piece.stop), span.digest)
-                spans[span.tensor].append((part, span))
-        return [
-            self._row(tensor, tuple(part for part, _ in found), [span for _, span in found])
-            for tensor, found in zip(self._plan.tensors, spans, strict=True)
-        ]
-
-    def _row(self, tensor: TensorPlan, parts: tuple[PartDigest, ...], spans: list[SpanResult]) -> TensorRow:
-        digests = [part.digest for part in parts] or [NO_BYTES]
-        measured = tensor.rule == "combine"
-        changed = sum(span.changed for span in spans)
-        return TensorRow(
-            name=tensor.name,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            shard=self._plan.shards[tensor.shard].name,
-            start=tensor.start,
-            stop=tensor.stop,
-            bytes=tensor.stop - tensor.start,
-            digest=digest_of(digests),
-            parts=parts,
-            rule=tensor.rule,
-            why=tensor.why,
-            v_norm=math.sqrt(sum(span.v_sq for span in spans)) if measured else None,
-            t_norm=math.sqrt(sum(span.t_sq for span in spans)) if measured and tensor.target else None,
-            v_max=largest(span.v_max for span in spans) if measured else None,
-            changed=changed if measured else None,
-            changed_fraction=changed / max(1, math.prod(tensor.shape)) if measured else None,
-            inexact=sum(span.inexact for span in spans) if measured else None,
-            nonfinite=sum(span.nonfinite for span in spans),
-            first_nonfinite=next((s.first_nonfinite for s in spans if s.first_nonfinite is not None), None),
-        )
+        return tensor_rows(self._plan, self._output, self._pieces)
 
     def _shards(self, rows: list[TensorRow]) -> tuple[ShardEntry, ...]:
         entries = []
@@ -168,24 +137,6 @@ class Reducer:
             parts = [part.digest for row in rows[shard.first : shard.first + shard.length] for part in row.parts]
             entries.append(ShardEntry(shard.name, shard.size, shard_digest(shard.header, parts)))
         return tuple(entries)
-
-
-def _totals(plan: Plan, rows: list[TensorRow]) -> Totals:
-    rules = Counter(row.rule for row in rows)
-    return Totals(
-        tensors=len(rows),
-        combined=rules["combine"],
-        cast=rules["cast"],
-        copied=rules["copy"],
-        parameters=sum(math.prod(row.shape) for row in rows),
-        data_bytes=plan.data_bytes,
-        v_norm=_finite(math.hypot(*(row.v_norm or 0.0 for row in rows))),
-        t_norm=_finite(math.hypot(*(row.t_norm or 0.0 for row in rows))),
-        v_max=_finite(largest(row.v_max or 0.0 for row in rows)),
-        changed_elements=sum(row.changed or 0 for row in rows),
-        inexact_elements=sum(row.inexact or 0 for row in rows),
-        nonfinite_elements=sum(row.nonfinite for row in rows),
-    )
 
 
 def check_unchanged(plan: Plan) -> None:
@@ -219,10 +170,6 @@ def versions() -> dict[str, str]:
 
     packages = ("rv-distributed", "torch", "safetensors", "pyarrow", "blake3")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _license_of(checkpoint: Checkpoint) -> dict[str, str]:

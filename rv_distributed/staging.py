@@ -20,6 +20,7 @@ from blake3 import blake3
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_from
 from rv_distributed.errors import OutputError
 from rv_distributed.identity import identity_digest
+from rv_distributed.measures import Measures
 from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.storage.lease import leased
@@ -155,7 +156,13 @@ class Staging:
                 if check != _check(text):
                     continue  # torn by a crash while it was written
                 number, spans = json.loads(text)
-                yield number, tuple(SpanResult(*span) for span in spans)
+                yield (
+                    number,
+                    tuple(
+                        SpanResult(tensor, digest, Measures._make([*numbers, tuple(ulps)]))
+                        for tensor, digest, (*numbers, ulps) in spans
+                    ),
+                )
 
     def _holds(self, plan: Plan, piece: Piece, spans: tuple[SpanResult, ...]) -> bool:
         task = task_of(plan, piece)
@@ -178,7 +185,7 @@ class Staging:
         """Note that a piece is finished. Raises RunError when another run has taken the place over."""
         if self._lease.lost:
             self._lease.check()
-        text = json.dumps([piece, [list(span) for span in spans]])
+        text = json.dumps([piece, spans])
         with naming(self._journal_path):
             self._journal.write(f"{_check(text)} {text}\n")
             self._journal.flush()

@@ -33,6 +33,7 @@ from reference import (
 
 import rv_distributed as rv
 from rv_distributed.checkpoint.manifest import MANIFEST_SCHEMA
+from rv_distributed.checkpoint.table import read_table
 
 MIB = 1 << 20
 PLAN = rv.PlanOptions(piece_bytes=MIB, max_shard_bytes=3_000_000)
@@ -181,7 +182,7 @@ def test_every_other_file_of_the_target_is_there_byte_for_byte(family: Family, t
     found = files_of(tmp_path / "out")
     for name in SIDECARS.keys() - {"README.md"}:
         assert found[name] == SIDECARS[name], name
-    own = {"README.md", "rv_manifest.json", "rv_tensors.parquet", "model.safetensors.index.json"}
+    own = {"README.md", "rv_manifest.json", "rv_tensors.parquet", "rv_pieces.parquet", "model.safetensors.index.json"}
     assert {name for name in found if not name.endswith(".safetensors")} == SIDECARS.keys() | own
     assert b"license: mit" in found["README.md"]
 
@@ -267,9 +268,23 @@ def test_every_row_of_the_table_holds_what_its_tensor_shows(family: Family, tmp_
         assert (row["rule"], row["why"], row["inexact"]) == ("combine", "", 0)
         assert row["changed"] == changed, row["name"]
         assert row["changed_fraction"] == changed / max(1, v.size)
+        moved = widen(raw).astype(np.float64) - widen(target)
+        v64 = v.astype(np.float64)
+        assert row["nonzero"] == np.count_nonzero(v)
+        assert row["absorbed"] == np.count_nonzero((moved == 0) & (v != 0))
+        assert row["alpha"] == np.float32(0.7)
+        if v.size:
+            assert row["realised_alpha"] == pytest.approx(np.dot(moved, v64) / np.dot(v64, v64), rel=1e-9)
+            error = np.linalg.norm(moved - row["alpha"] * v64) / (row["alpha"] * np.linalg.norm(v64))
+            assert row["relative_error"] == pytest.approx(error, rel=1e-6)
+            t64 = widen(target).astype(np.float64)
+            cosine = np.dot(v64, t64) / (np.linalg.norm(v64) * np.linalg.norm(t64))
+            assert row["cosine"] == pytest.approx(cosine, rel=1e-9, abs=1e-12)
+            assert row["v_t_ratio"] == pytest.approx(row["v_norm"] / row["t_norm"])
+            assert sum(row["ulps"]) == changed
         assert row["v_max"] == np.max(np.abs(v), initial=0)
-        assert math.isclose(row["v_norm"], np.linalg.norm(v.astype(np.float64)), rel_tol=1e-5)
-        assert math.isclose(row["t_norm"], np.linalg.norm(widen(target).astype(np.float64)), rel_tol=1e-5)
+        assert math.isclose(row["v_norm"], np.linalg.norm(v.astype(np.float64)), rel_tol=1e-12)
+        assert math.isclose(row["t_norm"], np.linalg.norm(widen(target).astype(np.float64)), rel_tol=1e-12)
     assert manifest.totals.changed_elements == sum(row["changed"] or 0 for row in rows)
     assert manifest.totals.v_norm == pytest.approx(math.hypot(*(row["v_norm"] or 0 for row in rows)))
 
@@ -291,6 +306,9 @@ def test_workers_and_memory_change_no_byte(family: Family, tmp_path: Path, opera
             transfer(family, out, plan_options=options, run_options=run_options)
         found: dict[str, Any] = dict(files_of(out))
         document = json.loads(found.pop("rv_manifest.json"))
+        # It says who made what and when.
+        del found["rv_pieces.parquet"]
+        document["files"] = [file for file in document["files"] if file["name"] != "rv_pieces.parquet"]
         found["rv_manifest.json"] = {
             key: value for key, value in document.items() if key not in ("timings", "created", "digest")
         }
@@ -312,6 +330,19 @@ def test_the_table_of_tiny_differences_does_not_depend_on_memory(tmp_path: Path)
         rv.apply(target, {vector: 1.0}, str(out), plan_options=rv.PlanOptions(piece_bytes=8 * MIB), run_options=options)
         tables.add((out / "rv_tensors.parquet").read_bytes())
     assert len(tables) == 1
+
+
+def test_measures_do_not_depend_on_the_size_of_the_pieces(tmp_path: Path) -> None:
+    rng = np.random.default_rng(53)
+    models = [{"small": weights(rng, "BF16", (777,)), "x": weights(rng, "BF16", (3_000_001,))} for _ in range(2)]
+    target, vector = (write_checkpoint(tmp_path / name, model) for name, model in zip("tv", models, strict=True))
+    found = []
+    for size in (1, 2, 8, 64):
+        out, options = tmp_path / str(size), rv.PlanOptions(piece_bytes=size * MIB)
+        manifest = rv.apply(target, {vector: 0.3}, str(out), plan_options=options, run_options=LOCAL)
+        rows = read_table((out / "rv_tensors.parquet").read_bytes())
+        found.append((manifest.totals, [row._replace(parts=(), digest="") for row in rows]))
+    assert found.count(found[0]) == len(found)
 
 
 def test_bfloat16_inputs_of_a_whole_family_agree_with_float32_arithmetic(tmp_path: Path) -> None:
@@ -339,6 +370,6 @@ def test_a_vector_with_nan_has_no_norm_and_no_maximum_in_the_manifest(tmp_path: 
     allowed = rv.RunOptions(runtime="local", allow_nonfinite=True)
     manifest = rv.apply(target, {vector: 1.0}, str(tmp_path / "out"), run_options=allowed)
     assert_same(read_checkpoint(tmp_path / "out"), model)
-    assert manifest.totals.nonfinite_elements == 1
+    assert manifest.totals.nan_elements == 1
     assert manifest.totals.v_norm is None
     assert manifest.totals.v_max is None

@@ -15,6 +15,7 @@ from blake3 import blake3
 
 MANIFEST_FILE: Final = "rv_manifest.json"
 TABLE_FILE: Final = "rv_tensors.parquet"
+PIECES_FILE: Final = "rv_pieces.parquet"
 SCHEMA_VERSION: Final = 1
 OPERATIONS: Final = ("extract", "apply", "transfer")
 _HEX: Final = re.compile("[0-9a-f]{64}")
@@ -81,12 +82,30 @@ class Totals:
     """‖t‖₂ over the computed tensors; 0 for a vector."""
     v_max: float | None
     """max |v|."""
+    cosine: float | None
+    """Between v and t."""
+    alpha: float
+    """What was asked for; 1 for a weighted sum of several vectors, and for a stored vector."""
+    realised_alpha: float | None
+    """⟨o − t, v⟩ / ⟨v, v⟩ over the computed tensors, with o the output; None when v is 0, or not finite, and without
+    full statistics, as for the next one."""
+    relative_error: float | None
+    """‖(o − t) − αv‖₂ / ‖αv‖₂."""
+    nonzero_elements: int
+    """Elements of v that are not 0. This and the next ones are 0 without statistics."""
     changed_elements: int
-    """Elements that differ from the target's; of a vector, those that are not zero."""
+    """Elements that differ from the target's, as rounded to the output's dtype; of a vector, those that are not 0."""
+    absorbed_elements: int
+    """Elements that are the target's although αv is not 0."""
+    ulps_max: int
+    """Largest change, in units in the last place of its dtype; 0 for a vector."""
     inexact_elements: int
     """Elements of a stored vector that its dtype could not hold exactly."""
-    nonfinite_elements: int
-    """Elements of the output that are NaN or infinite; not 0 only where that was allowed."""
+    overflowed_elements: int
+    """Elements of the output that are infinite although target and vector are not; like the next ones, not 0 only where
+    that was allowed."""
+    nan_elements: int
+    infinite_elements: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +258,12 @@ _NUMBER_OR_NULL: Final = {"type": ["number", "null"]}
 _DIGEST: Final = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _TEXTS: Final = {"type": "object", "additionalProperties": _TEXT}
 
+_NUMBERS_OF_TOTALS: Final = ("v_norm", "t_norm", "v_max", "cosine", "realised_alpha", "relative_error")
+_COUNTS_OF_TOTALS: Final = (
+    *("nonzero_elements", "changed_elements", "absorbed_elements", "ulps_max", "inexact_elements"),
+    *("overflowed_elements", "nan_elements", "infinite_elements"),
+)
+
 
 def _array(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
@@ -274,8 +299,9 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
             "totals": _object(
                 {
                     **dict.fromkeys(("tensors", "combined", "cast", "copied", "parameters", "data_bytes"), _COUNT),
-                    **dict.fromkeys(("v_norm", "t_norm", "v_max"), _NUMBER_OR_NULL),
-                    **dict.fromkeys(("changed_elements", "inexact_elements", "nonfinite_elements"), _COUNT),
+                    "alpha": _NUMBER,
+                    **dict.fromkeys(_NUMBERS_OF_TOTALS, _NUMBER_OR_NULL),
+                    **dict.fromkeys(_COUNTS_OF_TOTALS, _COUNT),
                 }
             ),
             "timings": _object(

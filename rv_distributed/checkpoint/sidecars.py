@@ -11,7 +11,9 @@ _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", 
 _FROM_JAX_AND_KERAS: Final = frozenset({".h5", ".hdf5", ".keras", ".msgpack", ".pb", ".tflite", ".npy", ".npz"})
 _FOR_INFERENCE: Final = frozenset({".onnx", ".onnx_data", ".gguf", ".ggml", ".ot", ".mlmodel", ".pte", ".engine"})
 _WEIGHT_SUFFIXES: Final = {".safetensors", ".pdparams"} | _PICKLES | _FROM_JAX_AND_KERAS | _FOR_INFERENCE
-_OWN_NAMES: Final = frozenset({"rv_manifest.json", "rv_tensors.parquet", "rv_recipe.yaml", "README.md"})
+_OWN_NAMES: Final = frozenset(
+    {"rv_manifest.json", "rv_tensors.parquet", "rv_pieces.parquet", "rv_recipe.yaml", "README.md"}
+)
 _LEFT_OUT_FOLDERS: Final = frozenset({".git", ".cache", "__pycache__"})
 _DTYPE_FIELD: Final = re.compile(rb'("(?:torch_dtype|dtype)"\s*:\s*")(?:float32|bfloat16|float16)(")')
 

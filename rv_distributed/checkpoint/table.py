@@ -1,4 +1,4 @@
-"""``rv_tensors.parquet``: one row a tensor. `ROW_COLUMNS` documents the columns."""
+"""``rv_tensors.parquet``: one row a tensor. `TensorRow` documents the columns."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from blake3 import blake3
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 #: BLAKE3 of nothing: the digest of a tensor without elements.
 NO_BYTES: Final = blake3(b"").hexdigest()
+
+
+_FLOATS: Final = (
+    *("v_norm", "t_norm", "v_t_ratio", "cosine", "v_max", "nonzero_fraction"),
+    *("alpha", "realised_alpha", "relative_error", "changed_fraction", "absorbed_fraction"),
+)
 
 
 class PartDigest(NamedTuple):
@@ -43,20 +49,45 @@ class TensorRow(NamedTuple):
     why: str
     """Why it was not combined; else empty."""
     v_norm: float | None
-    """‖v‖₂; null when nothing was measured, as for the columns after it."""
+    """‖v‖₂ of the vector, or of the weighted sum of several. Null when nothing was measured, as for the columns to
+    ``inexact``."""
     t_norm: float | None
-    """‖t‖₂ of the target; null for a vector."""
+    """‖t‖₂ of the target; null for a vector, as for all that is relative to a target."""
+    v_t_ratio: float | None
+    """‖v‖₂ / ‖t‖₂; null when t is 0."""
+    cosine: float | None
+    """⟨v, t⟩ / (‖v‖₂·‖t‖₂); null when either is 0. Of full statistics, as are those so marked below."""
     v_max: float | None
     """max |v|."""
+    nonzero: int | None
+    """Elements of v that are not 0."""
+    nonzero_fraction: float | None
+    alpha: float | None
+    """What was asked for; 1 for a weighted sum of several vectors, and for a stored vector."""
+    realised_alpha: float | None
+    """⟨o − t, v⟩ / ⟨v, v⟩, with o the output; null when v is 0. Full."""
+    relative_error: float | None
+    """‖(o − t) − αv‖₂ / ‖αv‖₂; null when αv is 0. Full."""
     changed: int | None
-    """Elements that differ from the target's; of a vector, those that are not zero."""
+    """Elements that differ from the target's, as rounded to this dtype; of a vector, those that are not 0."""
     changed_fraction: float | None
+    absorbed: int | None
+    """Elements that are the target's although αv is not 0; of a vector, those that became 0."""
+    absorbed_fraction: float | None
+    """Of ``nonzero``; null when that is 0, or alpha."""
+    ulps_max: int | None
+    """Largest change, in units in the last place: in steps from one number of the dtype to the next."""
+    ulps: tuple[int, ...] | None
+    """Elements changed by 1, 2, 3 to 4, 5 to 8, 9 to 16, 17 to 64, 65 to 256 and by more such units. Full."""
     inexact: int | None
     """Elements of a stored vector that its dtype could not hold exactly."""
-    nonfinite: int
-    """Elements that are NaN or infinite; of dtypes that arithmetic does not read, none is looked at."""
+    overflowed: int
+    """Elements that are infinite although target and vector are not. Of dtypes that arithmetic does not read, none is
+    looked at, here and in what follows."""
+    nan: int
+    infinite: int
     first_nonfinite: int | None
-    """Index of the first of them, counted in row-major order."""
+    """Index of the first element that is NaN or infinite, counted in row-major order."""
 
 
 def write_table(rows: Iterable[TensorRow]) -> bytes:
@@ -94,6 +125,7 @@ def read_table(raw: bytes) -> list[TensorRow]:
                 **{
                     **row,
                     "shape": tuple(row["shape"]),
+                    "ulps": None if row["ulps"] is None else tuple(row["ulps"]),
                     "parts": tuple(PartDigest(**part) for part in row["parts"]),
                 }
             )
@@ -107,27 +139,13 @@ def _schema() -> Any:
     import pyarrow as pa
 
     types: dict[str, Any] = {
-        "name": pa.string(),
-        "dtype": pa.string(),
+        **dict.fromkeys(("name", "dtype", "shard", "digest", "rule", "why"), pa.string()),
         "shape": pa.list_(pa.uint64()),
-        "shard": pa.string(),
-        "start": pa.int64(),
-        "stop": pa.int64(),
-        "bytes": pa.int64(),
-        "digest": pa.string(),
         "parts": pa.list_(pa.struct([("start", pa.int64()), ("stop", pa.int64()), ("digest", pa.string())])),
-        "rule": pa.string(),
-        "why": pa.string(),
-        "v_norm": pa.float64(),
-        "t_norm": pa.float64(),
-        "v_max": pa.float64(),
-        "changed": pa.int64(),
-        "changed_fraction": pa.float64(),
-        "inexact": pa.int64(),
-        "nonfinite": pa.int64(),
-        "first_nonfinite": pa.int64(),
+        "ulps": pa.list_(pa.int64()),
+        **dict.fromkeys(_FLOATS, pa.float64()),
     }
-    return pa.schema([(column, types[column]) for column in TensorRow._fields])
+    return pa.schema([(column, types.get(column, pa.int64())) for column in TensorRow._fields])
 
 
 def digest_of(digests: Sequence[str]) -> str:

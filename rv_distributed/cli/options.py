@@ -12,7 +12,7 @@ import typer
 
 from rv_distributed.cli.units import parse_bytes
 from rv_distributed.errors import UsageError
-from rv_distributed.recipe import ComputeDType, Rounding
+from rv_distributed.recipe import ComputeDType, Rounding, Stats
 from rv_distributed.runtime.select import DeviceName, RunOptions, RuntimeName
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class Common:
     compute_dtype: Annotated[
         ComputeDType, typer.Option(help="Of the arithmetic, and of alpha: float64 for references and disputes.")
     ] = "float32"
+    stats: Annotated[
+        Stats,
+        typer.Option(help="What is measured: full; basic leaves out what was realised of alpha; none saves time."),
+    ] = "full"
     runtime: Annotated[
         RuntimeName,
         typer.Option(help="local: this process; ray: worker actors; auto: ray on a cluster or with several GPUs."),
@@ -99,6 +103,7 @@ class Common:
             rounding=self.rounding,
             seed=self.seed,
             compute_dtype=self.compute_dtype,
+            stats=self.stats,
         )
 
     def run_options(self) -> RunOptions:

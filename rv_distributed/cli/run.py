@@ -13,9 +13,10 @@ from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.cli.effort import effort_document, effort_table
 from rv_distributed.cli.options import Common
+from rv_distributed.cli.outcome import oddities, show_measures
 from rv_distributed.cli.progress import progress_display
 from rv_distributed.cli.terminal import say, warn
-from rv_distributed.cli.units import show_bytes, show_count, show_seconds
+from rv_distributed.cli.units import plural, show_bytes, show_count, show_seconds
 from rv_distributed.errors import one_line
 from rv_distributed.job import Job, prepare
 from rv_distributed.recipe import Recipe
@@ -40,15 +41,15 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
         return
     with progress_display(job, common.log_format, shown=not common.quiet) as display:
         manifests = job.run(display)
-    zero = zero_vectors(job, manifests)
-    for warning in zero:
+    odd = [text for out, manifest in zip(job.outs, manifests, strict=True) for text in oddities(out, manifest)]
+    for warning in odd:
         warn(f"warning: {one_line(warning)}")
     if talks:
         say(closing_summary(job, manifests, display.workers, time.monotonic() - began))
     if common.json:
         outputs = [{"path": out, "manifest": asdict(m)} for out, m in zip(job.outs, manifests, strict=True)]
         document = {"schema_version": 1, "status": "done", "plan": plan_document(job), "outputs": outputs}
-        say(json.dumps({**document, "workers": effort_document(display.workers), "warnings": zero}, indent=2))
+        say(json.dumps({**document, "workers": effort_document(display.workers), "warnings": odd}, indent=2))
 
 
 def plan_summary(job: Job) -> str:
@@ -66,7 +67,7 @@ def plan_summary(job: Job) -> str:
     rows += [
         ("tensors", _tensors(job)),
         ("read", show_bytes(job.bytes_in)),
-        ("write", f"{show_bytes(job.bytes_out)}, in {_plural(shards, 'file')} and {_plural(pieces, 'piece')}{each}"),
+        ("write", f"{show_bytes(job.bytes_out)}, in {plural(shards, 'file')} and {plural(pieces, 'piece')}{each}"),
         ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms) or "none needed"),
         ("runtime", _runtime(job)),
     ]
@@ -77,7 +78,7 @@ def plan_summary(job: Job) -> str:
         names = ", ".join(name for name, _ in job.plan.left_out[:3])
         more = ", …" if len(job.plan.left_out) > 3 else ""
         rows.append(
-            ("left out", f"{_plural(len(job.plan.left_out), 'tensor')} with no place in the output: {names}{more}")
+            ("left out", f"{plural(len(job.plan.left_out), 'tensor')} with no place in the output: {names}{more}")
         )
     return "\n".join(f"{label:>10}  {one_line(text)}" for label, text in rows)
 
@@ -108,9 +109,9 @@ def _arithmetic(job: Job) -> str:
 def _runtime(job: Job) -> str:
     buffers = show_bytes(job.sizing.buffer_bytes)
     if job.runtime == "local":
-        return f"local, {_plural(job.sizing.streams, 'thread')}, {buffers} of buffers"
+        return f"local, {plural(job.sizing.streams, 'thread')}, {buffers} of buffers"
     where = job.options.address or "RAY_ADDRESS or this machine"
-    actors = _plural(job.options.workers, "worker") if job.options.workers else "a worker for each GPU or CPU"
+    actors = plural(job.options.workers, "worker") if job.options.workers else "a worker for each GPU or CPU"
     return f"ray at {where}, {actors}, {buffers} of buffers each"
 
 
@@ -144,7 +145,7 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], workers: Mapping[st
         timings = manifests[job.todo[0]].timings
         lines = [*_effort(job, timings, seconds), *effort_table(workers, timings.run_s)]
     for number, (out, manifest) in enumerate(zip(job.outs, manifests, strict=True)):
-        lines += [one_line(out), f"    {_measures(manifest)}"]
+        lines += [one_line(out), f"    {show_measures(manifest)}"]
         if number in job.complete:
             lines.append(
                 f"    already complete, made at {manifest.created} by the same command; --overwrite makes it again"
@@ -170,38 +171,3 @@ def _effort(job: Job, timings: Timings, seconds: float) -> list[str]:
     if timings.pieces_kept:
         lines.append(f"{timings.pieces_kept} of {timings.pieces} pieces kept from an earlier run")
     return lines
-
-
-def zero_vectors(job: Job, manifests: Sequence[Manifest]) -> list[str]:
-    """A warning for every output whose vector was zero in all tensors that were computed."""
-    again = "Check that donor and reference are the checkpoints that you mean."
-    return [
-        f"{out}: the vector was zero in all {_plural(manifest.totals.combined, 'computed tensor')}. {again}"
-        for out, manifest in zip(job.outs, manifests, strict=True)
-        if manifest.totals.combined
-        and manifest.totals.v_max == 0
-        # With an alpha of 0 in a sweep it is as it should be.
-        and (manifest.operation == "extract" or any(manifest.alphas))
-    ]
-
-
-def _measures(manifest: Manifest) -> str:
-    totals = manifest.totals
-    if not totals.combined:
-        return "no tensor was computed: this is the target"
-    texts = [f"‖v‖ {totals.v_norm:.4g}" if totals.v_norm is not None else "‖v‖ not finite"]
-    if totals.t_norm and totals.v_norm is not None:
-        texts.append(f"‖v‖/‖t‖ {totals.v_norm / totals.t_norm:.3g}")
-    if totals.v_max is not None:
-        texts.append(f"max |v| {totals.v_max:.3g}")
-    share = totals.changed_elements / max(1, totals.parameters)
-    texts.append(f"{share:.1%} of the elements {'not zero' if manifest.operation == 'extract' else 'changed'}")
-    if totals.nonfinite_elements:
-        texts.append(f"{_plural(totals.nonfinite_elements, 'element')} NaN or infinite")
-    if totals.inexact_elements:
-        texts.append(f"{show_count(totals.inexact_elements)} elements not exact in {manifest.options['dtype']}")
-    return ", ".join(texts)
-
-
-def _plural(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"

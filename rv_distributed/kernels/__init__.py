@@ -1,5 +1,5 @@
-"""The arithmetic, in torch: combine and measure, the same code on CPU and CUDA."""
+"""The arithmetic: combine, round, measure.
 
-from rv_distributed.kernels.combine import Combiner
-
-__all__ = ["Combiner"]
+Written twice, to the same bits: `strips` is compiled for the processor and does what runs usually need; `combine`,
+`rounding`, `noise` and `measure`, in torch, do everything, on GPUs too. One set of tests holds both.
+"""

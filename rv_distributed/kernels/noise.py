@@ -13,13 +13,10 @@ would take several times as long.
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
-from blake3 import blake3
 from torch import Tensor
 
-_COUNTERS: Final = 1 << 32
+from rv_distributed.kernels.keys import COUNTERS, noise_keys
 
 
 class Noise:
@@ -47,9 +44,9 @@ class Noise:
             self._made = (name, first, count)
             done = 0
             while done < count:
-                high, low = divmod(first + done, _COUNTERS)
-                stop = min(count, done + _COUNTERS - low)
-                self._fill(done, stop, low, *_keys(self._seed, name, high))
+                high, low = divmod(first + done, COUNTERS)
+                stop = min(count, done + COUNTERS - low)
+                self._fill(done, stop, low, *noise_keys(self._seed, name, high))
                 done = stop
         return self._words[:count]
 
@@ -68,13 +65,6 @@ def _xor_shifted(x: Tensor, by: int, scratch: Tensor) -> Tensor:
     """``x ^= x >> by`` of unsigned numbers; torch's shift would bring copies of the sign in from the left."""
     torch.bitwise_right_shift(x, by, out=scratch)
     return x.bitwise_xor_(scratch.bitwise_and_((1 << 32 - by) - 1))
-
-
-def _keys(seed: int, name: str, high: int) -> tuple[int, int]:
-    """The two keys of a tensor's elements whose index divided by 2³² is ``high``."""
-    message = seed.to_bytes(8, "little") + high.to_bytes(8, "little") + name.encode("utf-8", "surrogatepass")
-    digest = blake3(message).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
 def _signed(value: int) -> int:

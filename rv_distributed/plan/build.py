@@ -18,7 +18,7 @@ from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
 from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
-from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, as_float32
+from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, Stats, as_float32
 
 _MAX_REPORTED: Final = 20
 
@@ -44,6 +44,8 @@ class PlanOptions:
     """Of stochastic rounding: 0 to 2⁶⁴ − 1. The same seed gives the same bytes, wherever they are computed."""
     compute_dtype: ComputeDType = "float32"
     """In which the arithmetic is done, and alpha used."""
+    stats: Stats = "full"
+    """What is measured of every tensor: see the README. It changes the table and the manifest, not the weights."""
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in FROM_USER:
@@ -56,6 +58,8 @@ class PlanOptions:
             raise UsageError(f"rounding {self.rounding!r} is not one of {', '.join(get_args(Rounding))}")
         if self.compute_dtype not in get_args(ComputeDType):
             raise UsageError(f"compute dtype {self.compute_dtype!r} is not one of {', '.join(get_args(ComputeDType))}")
+        if self.stats not in get_args(Stats):
+            raise UsageError(f"stats {self.stats!r} is not one of {', '.join(get_args(Stats))}")
         if not 0 <= self.seed < 1 << 64:
             raise UsageError(f"--seed: {self.seed} is not between 0 and 2⁶⁴ − 1")
         if self.seed and self.rounding != "stochastic":
@@ -144,6 +148,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         inputs=_inputs(recipe, opened),
         alphas=alphas,
         arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed),
+        stats=options.stats,
         tensors=tuple(tensors),
         shards=shards,
         pieces=cut_pieces([shard.size for shard in shards], options.piece_bytes),
@@ -156,6 +161,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
             ("rounding", options.rounding),
             ("seed", str(options.seed)),
             ("compute_dtype", options.compute_dtype),
+            ("stats", options.stats),
         ),
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rv_distributed.checkpoint.model import FileState
-from rv_distributed.recipe import Arithmetic, Operation
+from rv_distributed.recipe import Arithmetic, Operation, Stats
 
 Rule = Literal["combine", "cast", "copy"]
 
@@ -118,6 +118,7 @@ class Plan:
     alphas: tuple[tuple[float, ...], ...]
     """One tuple an output, one alpha a vector, rounded to the dtype of the arithmetic."""
     arithmetic: Arithmetic
+    stats: Stats
     tensors: tuple[TensorPlan, ...]
     """In file order."""
     shards: tuple[ShardPlan, ...]

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Generator, Iterable
 from typing import Final
 
-import torch
-
 from rv_distributed.errors import WorkerError
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.model import PieceResult, WorkerConfig, patience_s
@@ -60,9 +58,6 @@ class LocalRuntime:
                 making.pop(number, None)
                 results.put(None)
 
-        # The streams are the parallelism; torch's own threads would only get in their way.
-        torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         # Daemons, since nothing ends a thread that hangs in the storage.
         threads = [
             threading.Thread(target=stream, args=(n,), name=f"rv-stream-{n}", daemon=True)
@@ -98,4 +93,3 @@ class LocalRuntime:
             for thread in threads:
                 if thread.ident is not None and not hanging:
                     thread.join()
-            torch.set_num_threads(torch_threads)

@@ -6,8 +6,9 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from rv_distributed.measures import Measures
 from rv_distributed.plan import PieceTask
-from rv_distributed.recipe import Arithmetic
+from rv_distributed.recipe import Arithmetic, Stats
 
 #: Compute happens in blocks of this many output bytes, cut at multiples of it in the output file: small
 #: enough for the processor's caches, and the same blocks whatever the chunks and pieces.
@@ -33,8 +34,8 @@ class WorkerConfig:
     """Streams that may compute at once; more would only push each other's blocks out of the caches."""
     chunk_bytes: int
     """Output bytes that a stream reads, computes and writes at a time; a multiple of `BLOCK_BYTES`."""
-    measure: bool
-    """Whether norms and changes are measured."""
+    stats: Stats
+    """What is measured. NaN and infinity are always counted."""
     arithmetic: Arithmetic
 
 
@@ -45,14 +46,7 @@ class SpanResult(NamedTuple):
     """Index into ``Plan.tensors``."""
     digest: str
     """BLAKE3 of the part's bytes, in hexadecimal."""
-    v_sq: float
-    t_sq: float
-    v_max: float
-    changed: int
-    inexact: int
-    nonfinite: int
-    first_nonfinite: int | None
-    """Index of the first element that is NaN or infinite, in the whole tensor."""
+    measures: Measures
 
 
 class Waited(NamedTuple):

@@ -9,20 +9,17 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from rv_distributed.errors import PieceError
-from rv_distributed.measures import Measures
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
 from rv_distributed.runtime.model import WorkerConfig
 from rv_distributed.storage.ranges import ALIGNMENT, RangeReader
-
-_NOTHING_MEASURED: Final = [Measures()]
 
 
 class Difference(NamedTuple):
@@ -49,27 +46,22 @@ def recompute(tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[list
         own: _Stream = streams.own
         return own.compare(task)
 
-    # As in the local runtime: the streams are the parallelism.
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(config.streams)
     try:
         yield from pool.map(compare, tasks)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(torch_threads)
 
 
 class _Stream:
     """The buffers of one thread."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        device = torch.device(config.device)
         self._folder, self._chunk_bytes = config.outputs[0], config.chunk_bytes
-        self._arena, self._made = Buffer(config.chunk_bytes, device), Buffer(config.chunk_bytes, device)
+        self._arena, self._made = Buffer(config.chunk_bytes), Buffer(config.chunk_bytes)
         # An aligned read begins up to one block before the chunk and ends up to one behind it.
-        self._stored = Buffer(config.chunk_bytes + 2 * ALIGNMENT, device)
-        self._computer = PartComputer(config, device)
+        self._stored = Buffer(config.chunk_bytes + 2 * ALIGNMENT)
+        self._computer = PartComputer(config, config.device)
 
     def compare(self, task: PieceTask) -> list[Difference]:
         found: list[Difference] = []
@@ -83,7 +75,8 @@ class _Stream:
             _read(f"{self._folder}/{task.shard_name}", self._stored, at, chunk.start, nbytes, names)
             self._made.view[: len(chunk.literal)] = chunk.literal
             for part in chunk.parts:
-                self._computer.compute(task.spans[part.span], part, self._arena, [self._made], _NOTHING_MEASURED)
+                span, out = task.spans[part.span], self._made.array[np.newaxis, :]
+                self._computer.compute(span, part, self._arena.array, out, chunk.start)
             found += self._differences(task, chunk, at)
         return found
 
@@ -93,10 +86,10 @@ class _Stream:
         for name, start, nbytes in places:
             if nbytes == 0:
                 continue
-            made = self._made.tensor(start, nbytes, torch.uint8)
-            stored = self._stored.tensor(at + start, nbytes, torch.uint8)
-            if not torch.equal(made, stored):
-                wrong = torch.nonzero(made != stored)
+            made = self._made.array[start : start + nbytes]
+            stored = self._stored.array[at + start : at + start + nbytes]
+            if not np.array_equal(made, stored):
+                wrong = np.flatnonzero(made != stored)
                 first, last = int(wrong[0]), int(wrong[-1])
                 begin = chunk.start + start
                 yield Difference(task.shard_name, name, begin + first, begin + last + 1)

@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from rv_distributed.errors import UsageError
 
 RuntimeName = Literal["auto", "local", "ray"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+
+#: Of NVIDIA's drivers for servers, for boards with a GPU of their own and for Windows' Linux, and of AMD's.
+_GPU_DEVICES: Final = ("nvidia[0-9]*", "nvgpu", "nvhost-gpu", "dxg", "kfd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,12 @@ def visible_gpus() -> int:
     if chosen is None:
         return present
     return min(present, len([name for name in chosen.split(",") if name.strip() not in ("", "-1")]))
+
+
+def may_have_gpus() -> bool:
+    """Whether torch could find a GPU here: where no driver has made a device, it cannot."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(any(Path("/dev").glob(name)) for name in _GPU_DEVICES)
 
 
 def usable_cpus() -> int:

@@ -18,16 +18,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-import torch
+import numpy as np
 from blake3 import blake3
 
 from rv_distributed.errors import PieceError, UsageError
-from rv_distributed.measures import Measures
+from rv_distributed.measures import Leaf, add_up
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
-from rv_distributed.runtime.compute import PartComputer
+from rv_distributed.runtime.compute import Bytes, PartComputer
 from rv_distributed.runtime.model import PieceResult, SpanResult, Waited, WorkerConfig
+from rv_distributed.runtime.select import may_have_gpus
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
 
 _OPEN_FILES: Final = 16
@@ -65,32 +66,38 @@ class Worker:
         self._stop.set()
 
 
-def choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> str:
     """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; UsageError when CUDA is asked for in vain."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    # Only torch can tell whether it can use a GPU, but it need not be imported, for seconds, where there is none.
+    if device == "cpu" or (device == "auto" and not may_have_gpus()):
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda" if device == "auto" else device
+    if device != "auto":
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
-    return torch.device(device)
+    return "cpu"
 
 
 class _Stream:
     """The buffers and open files that one piece needs."""
 
     def __init__(
-        self, config: WorkerConfig, device: torch.device, stop: threading.Event, computing: threading.Semaphore
+        self, config: WorkerConfig, device: str, stop: threading.Event, computing: threading.Semaphore
     ) -> None:
         self._config = config
         self._stop = stop
         self._computing = computing
-        self._arena = Buffer(config.chunk_bytes, device)
-        self._outs = [Buffer(config.chunk_bytes, device) for _ in config.outputs]
+        self._arena = Buffer(config.chunk_bytes, pinned=device != "cpu")
+        buffer = Buffer(config.chunk_bytes * len(config.outputs), pinned=device != "cpu")
+        self._outs = buffer.array.reshape(len(config.outputs), config.chunk_bytes)
         self._computer = PartComputer(config, device)
         self._readers: OrderedDict[str, RangeReader] = OrderedDict()
 
     def make(self, task: PieceTask, worker: str) -> PieceResult:
         hashers = [[blake3() for _ in task.spans] for _ in self._outs]
-        measures = [[Measures()] * len(self._outs) for _ in task.spans]
+        leaves: list[list[list[Leaf]]] = [[[] for _ in self._outs] for _ in task.spans]
         bytes_read = 0
         read_s = compute_s = write_s = 0.0
         writers: list[RangeWriter] = []
@@ -103,7 +110,7 @@ class _Stream:
                 bytes_read += self._read(task, chunk)
                 computing = time.perf_counter()
                 with self._computing:
-                    self._compute(task, chunk, measures, hashers)
+                    self._compute(task, chunk, leaves, hashers)
                 writing = time.perf_counter()
                 for writer, out in zip(writers, self._outs, strict=True):
                     self._write(task, writer, out, chunk)
@@ -115,8 +122,8 @@ class _Stream:
                 writer.close()
         outputs = tuple(
             tuple(
-                SpanResult(span.tensor, hasher.hexdigest(), *measured[number])
-                for span, hasher, measured in zip(task.spans, hashers[number], measures, strict=True)
+                SpanResult(span.tensor, hasher.hexdigest(), add_up(found[number]))
+                for span, hasher, found in zip(task.spans, hashers[number], leaves, strict=True)
             )
             for number in range(len(self._outs))
         )
@@ -136,20 +143,19 @@ class _Stream:
         return sum(read.nbytes for read in chunk.reads)
 
     def _compute(
-        self, task: PieceTask, chunk: Chunk, measures: list[list[Measures]], hashers: Sequence[Sequence[blake3]]
+        self, task: PieceTask, chunk: Chunk, leaves: list[list[list[Leaf]]], hashers: Sequence[Sequence[blake3]]
     ) -> None:
-        """Fill the output buffers; ``measures`` by span and output, ``hashers`` by output and span, take it in."""
-        for out in self._outs:
-            out.view[: len(chunk.literal)] = chunk.literal
+        """Fill the output buffers; ``leaves`` by span and output, ``hashers`` by output and span, take it in."""
+        self._outs[:, : len(chunk.literal)] = np.frombuffer(chunk.literal, np.uint8)
         for part in chunk.parts:
-            span, so_far = task.spans[part.span], measures[part.span]
-            measures[part.span] = self._computer.compute(span, part, self._arena, self._outs, so_far)
-            for number, out in enumerate(self._outs):
-                hashers[number][part.span].update(out.view[part.at : part.at + part.nbytes])
+            made = self._computer.compute(task.spans[part.span], part, self._arena.array, self._outs, chunk.start)
+            for number, (out, more) in enumerate(zip(self._outs, made, strict=True)):
+                leaves[part.span][number] += more
+                hashers[number][part.span].update(out[part.at : part.at + part.nbytes].data)
 
-    def _write(self, task: PieceTask, writer: RangeWriter, out: Buffer, chunk: Chunk) -> None:
+    def _write(self, task: PieceTask, writer: RangeWriter, out: Bytes, chunk: Chunk) -> None:
         try:
-            writer.write(out.view[: chunk.stop - chunk.start], chunk.start)
+            writer.write(out[: chunk.stop - chunk.start].data, chunk.start)
             if chunk.stop == task.piece.stop:
                 writer.flush()
         except OSError as error:

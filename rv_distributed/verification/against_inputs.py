@@ -135,7 +135,7 @@ def _compare(plan: Plan, pieces: Sequence[Piece], output: str, progress: VerifyP
         streams=sizing.streams,
         cpus=usable_cpus(),
         chunk_bytes=sizing.chunk_bytes,
-        measure=False,
+        stats="none",
         arithmetic=plan.arithmetic,
     )
     total, done = sum(piece.stop - piece.start for piece in pieces), 0

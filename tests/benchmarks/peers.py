@@ -169,7 +169,7 @@ def apply(out: Path, sources: Sequence[Path], *, bare: bool) -> dict[str, Any]:
     worker = _load_torch()
 
     def config(*args: Any, **options: Any) -> WorkerConfig:
-        return replace(WorkerConfig(*args, **options), measure=False)
+        return replace(WorkerConfig(*args, **options), stats="none")
 
     with ExitStack() as stack:
         if bare:

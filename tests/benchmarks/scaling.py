@@ -29,6 +29,7 @@ from rv_distributed.checkpoint.index import build_index
 from rv_distributed.checkpoint.table import write_table
 from rv_distributed.identity import identity_of
 from rv_distributed.job import prepare
+from rv_distributed.measures import Measures
 from rv_distributed.plan import PIECE_ALIGNMENT, Plan, PlanOptions, task_of
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.reduce import Reducer
@@ -116,7 +117,7 @@ def large(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
         reducer.add(piece.number, spans)
         staging.record(piece.number, spans)
     lap("records_s")
-    rows = reducer._rows
+    rows, _ = reducer._results
     write_table(rows)
     build_index({row.name: row.shard for row in rows}, plan.data_bytes)
     lap("tables_s")
@@ -127,7 +128,10 @@ def large(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
 
 def _results(plan: Plan, number: int) -> tuple[SpanResult, ...]:
     task = task_of(plan, plan.pieces[number])
-    return tuple(SpanResult(span.tensor, "0" * 64, 1.0, 1.0, 1.0, 1, 0, 0, None) for span in task.spans)
+    return tuple(
+        SpanResult(span.tensor, "0" * 64, Measures(1.0, 1.0, 0.1, 0.7, 0.2, 1.0, 9, 8, 1, 2, ulps=(8,) * 8))
+        for span in task.spans
+    )
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from rv_distributed.checkpoint.manifest import InputEntry, Manifest, Timings, To
 
 def manifest(*roles: str, operation: str = "transfer") -> Manifest:
     inputs = tuple(InputEntry(role, f"/models/{role}", "blake3:" + "0a" * 32, None) for role in roles)
-    totals = Totals(12, 9, 2, 1, 100, 200, 1.0, 2.0, 0.5, 90, 0, 0)
+    totals = Totals(12, 9, 2, 1, 100, 200, 1.0, 2.0, 0.5, 0.0, 0.7, 0.7, 0.1, 95, 90, 5, 2, 0, 0, 0, 0)
     return Manifest(
         operation=operation,
         formula="target + 0.7·(donor − reference)",

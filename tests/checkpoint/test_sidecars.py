@@ -76,6 +76,7 @@ LEFT_OUT = [
     "README.md",
     "rv_manifest.json",
     "rv_tensors.parquet",
+    "rv_pieces.parquet",
     "rv_recipe.yaml",
 ]
 

@@ -28,11 +28,24 @@ COMBINED = TensorRow(
     why="",
     v_norm=0.1,
     t_norm=1e-300,
+    v_t_ratio=0.25,
+    cosine=-0.5,
     v_max=math.inf,
+    nonzero=12,
+    nonzero_fraction=1.0,
+    alpha=0.7,
+    realised_alpha=0.83,
+    relative_error=0.4,
     changed=11,
     changed_fraction=11 / 12,
+    absorbed=1,
+    absorbed_fraction=1 / 12,
+    ulps_max=2**40,
+    ulps=(3, 0, 1, 0, 0, 7, 0, 0),
     inexact=None,
-    nonfinite=0,
+    overflowed=1,
+    nan=0,
+    infinite=2,
     first_nonfinite=None,
 )
 COPIED = COMBINED._replace(
@@ -47,11 +60,24 @@ COPIED = COMBINED._replace(
     stop=2**62,
     v_norm=None,
     t_norm=None,
+    v_t_ratio=None,
+    cosine=None,
     v_max=None,
+    nonzero=None,
+    nonzero_fraction=None,
+    alpha=None,
+    realised_alpha=None,
+    relative_error=None,
     changed=None,
     changed_fraction=None,
+    absorbed=None,
+    absorbed_fraction=None,
+    ulps_max=None,
+    ulps=None,
     inexact=2**62,
-    nonfinite=3,
+    overflowed=0,
+    nan=3,
+    infinite=0,
     first_nonfinite=2**40,
 )
 ROWS = [COMBINED, COPIED, COMBINED._replace(name="empty", shape=(0, 5))]
@@ -70,13 +96,15 @@ def test_a_table_without_rows_comes_back_empty_with_all_its_columns() -> None:
 texts = st.text(max_size=5)
 naturals = st.integers(0, 2**63 - 1)
 numbers = st.none() | st.floats(allow_nan=False)
+counts = st.none() | naturals
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 rows = st.builds(
     TensorRow,
     *(texts, texts, st.lists(naturals, max_size=3).map(tuple), texts, naturals, naturals, naturals, digests),
     st.lists(st.builds(PartDigest, naturals, naturals, digests), max_size=2).map(tuple),
-    *(texts, texts, numbers, numbers, numbers, st.none() | naturals, numbers, st.none() | naturals),
-    *(naturals, st.none() | naturals),
+    *(texts, texts, numbers, numbers, numbers, numbers, numbers, counts, numbers, numbers, numbers, numbers),
+    *(counts, numbers, counts, numbers, counts, st.none() | st.lists(naturals, max_size=8).map(tuple), counts),
+    *(naturals, naturals, naturals, counts),
 )
 
 
@@ -99,10 +127,14 @@ def test_other_readers_find_the_documented_columns_and_their_types() -> None:
     assert table.column("shape").to_pylist() == [[3, 4], [], [0, 5]]
     assert table.column("v_norm").to_pylist() == [0.1, None, 0.1]
     assert table.column("parts").to_pylist()[0][1] == {"start": 4108, "stop": 4120, "digest": "ef" * 32}
-    types = {
-        column: str(table.schema.field(column).type) for column in ("name", "start", "v_max", "changed", "inexact")
+    types = {column: str(table.schema.field(column).type) for column in ("name", "start", "alpha", "ulps", "infinite")}
+    assert types == {
+        "name": "string",
+        "start": "int64",
+        "alpha": "double",
+        "ulps": "list<element: int64>",
+        "infinite": "int64",
     }
-    assert types == {"name": "string", "start": "int64", "v_max": "double", "changed": "int64", "inexact": "int64"}
 
 
 def _parquet(**columns: Any) -> bytes:

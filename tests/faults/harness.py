@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-MANIFEST = "rv_manifest.json"
+MANIFEST, PIECES = "rv_manifest.json", "rv_pieces.parquet"
 #: Calls by which a run changes what lies on the disk; each is a step at which it may die.
 STEPS = "open|mkdir|rename|exchange|unlink|fsync|truncate|fallocate|write"
 
@@ -150,11 +150,13 @@ def _kind(action: str, call: str) -> str:
 
 
 def content_of(out: Path) -> dict[str, bytes]:
-    """Every file of an output; of the manifest, all that does not tell when and how fast it was made, which its own
-    digest covers too."""
+    """Every file of an output but the table of pieces, which tells when and how fast it was made; of the manifest, all
+    that does not tell it."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     manifest = json.loads(files[MANIFEST])
     del manifest["created"], manifest["timings"], manifest["digest"]
+    manifest["files"] = [file for file in manifest["files"] if file["name"] != PIECES]
+    del files[PIECES]
     files[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
     return files
 

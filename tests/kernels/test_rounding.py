@@ -12,8 +12,7 @@ import torch
 from reference import Raw, any_bits, same_bits, weights, widen
 from rounding_reference import nearest, neighbours, stochastic, wide_accumulated, wide_difference
 
-from rv_distributed.kernels import Combiner
-from rv_distributed.kernels.combine import TORCH_DTYPES
+from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
 from rv_distributed.kernels.rounding import Rounder, _by_comparison
 from rv_distributed.recipe import Arithmetic, ComputeDType, Rounding
 
@@ -188,9 +187,7 @@ def test_a_million_roundings_of_one_value_have_its_mean(dtype: str, kind: type[A
 
 
 def combiner(arithmetic: Arithmetic, outputs: int = 1) -> Combiner:
-    return Combiner(
-        block_elements=40_000, outputs=outputs, device=CPU, measure=True, weighted=False, arithmetic=arithmetic
-    )
+    return Combiner(block_elements=40_000, outputs=outputs, device=CPU, stats="basic", arithmetic=arithmetic)
 
 
 def tensor_of(raw: Raw) -> torch.Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference import TIMED
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
@@ -62,7 +63,7 @@ def run(models: Path, out: Path, **how: Any) -> rv.Manifest:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but the manifest, whose times differ."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "rv_manifest.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
 
 
 @pytest.mark.usefixtures("cluster")
@@ -99,7 +100,7 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
         preallocate(str(folder / shard.name), shard.size)
     streams, chunk_bytes, _ = job.sizing
     arithmetic = job.plan.arithmetic
-    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", streams, 1, chunk_bytes, True, arithmetic)
+    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", streams, 1, chunk_bytes, job.plan.stats, arithmetic)
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 

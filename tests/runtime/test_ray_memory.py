@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference import TIMED
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
@@ -72,7 +73,7 @@ def test_a_node_without_memory(tmp_path: Path, lasting: bool) -> None:
         )
 
     def contents(out: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "rv_manifest.json"}
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.name not in TIMED}
 
     out = tmp_path / "ray"
     with ExitStack() as held:

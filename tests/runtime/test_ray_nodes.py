@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import throttle
 from processes import has_ended, signal_all, tree_of
+from reference import TIMED
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
@@ -63,7 +64,7 @@ class World(NamedTuple):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but the manifest, whose times differ."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "rv_manifest.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
 
 
 def processes_of(node: Any) -> list[int]:

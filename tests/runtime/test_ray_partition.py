@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import throttle
 from processes import has_ended, signal_all, tree_of
+from reference import TIMED
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
@@ -102,7 +103,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "rv_manifest.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip")

@@ -76,7 +76,8 @@ class Watch:
                     if out.stat().st_ino != before:
                         continue  # replaced meanwhile, and deleted
                     self.looks += 1
-                    if found.pop("rv_manifest.json", None) is None or found not in allowed:
+                    timed = [found.pop(name, None) for name in ("rv_manifest.json", "rv_pieces.parquet")]
+                    if None in timed or found not in allowed:
                         self._torn.append(f"{out}: {found}")
 
 

@@ -39,17 +39,14 @@ class Actor:
     def start(self, config: WorkerConfig) -> Ready | RvError:
         # As in the command line's main: torch is not to be searched for garbage while it is imported.
         gc.set_threshold(100_000)
-        import torch
-
         from rv_distributed.runtime.worker import Worker, choose_device
 
-        torch.set_num_threads(1)
         context = ray.get_runtime_context()
         self._job, self._node = context.get_job_id(), context.get_node_id()
         self._log_as_json()
         try:
             device = choose_device(config.device)
-            if device.type == "cuda":
+            if device.startswith("cuda"):
                 config = replace(config, device=f"cuda:{_own_gpu()}")
             elif config.device == "auto" and ray.get_gpu_ids():
                 _LOG.warning("torch sees no GPU", extra={"fields": {"node": self._node}})

@@ -1,0 +1,116 @@
+"""Blocks of one stream through the compiled kernel: for the processor, computing in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rv_distributed.kernels import strips
+from rv_distributed.kernels.keys import COUNTERS, noise_keys
+from rv_distributed.measures import Measures
+from rv_distributed.recipe import Arithmetic, Stats
+
+Bytes = npt.NDArray[np.uint8]
+_LEVELS = {"none": strips.NOTHING, "basic": strips.BASIC, "full": strips.FULL}
+
+
+class RawOperand(NamedTuple):
+    """Elements of an operand, as bytes."""
+
+    at: int
+    """Its first byte in the arena."""
+    dtype: str
+    """By its safetensors name."""
+
+
+class CompiledCombiner:
+    """Scratch space of one thread, and the arithmetic of `rv_distributed.kernels.strips` over it."""
+
+    def __init__(self, *, outputs: int, stats: Stats, arithmetic: Arithmetic) -> None:
+        self._level = _LEVELS[stats]
+        self._arithmetic = arithmetic
+        self._scratch = np.empty((4 + 2 * outputs, strips.STRIP), np.float32)
+        self._spare = np.empty((3, 4 * strips.STRIP), np.uint8)
+        self._steps = np.empty(strips.STRIP, np.int16)
+
+    def compute(
+        self,
+        arena: Bytes,
+        target: RawOperand | None,
+        vectors: Sequence[tuple[RawOperand, RawOperand | None]],
+        alphas: Sequence[Sequence[float]],
+        outs: Bytes,
+        dtype: str,
+        *,
+        name: str,
+        first: int,
+        count: int,
+    ) -> list[Measures]:
+        """Fill every row of ``outs`` with ``target + Σ αₖ·vₖ``, or with the vector if there is no target.
+
+        They are ``count`` elements of ``dtype`` from element ``first`` of the tensor ``name``, and nothing behind them;
+        ``alphas`` has a row for each. Returns the measures of each. Bits and measures are those of `Combiner`.
+        """
+        sums = np.zeros((len(outs), strips.SUMS))
+        counts = np.zeros((len(outs), strips.COUNTS), np.int64)
+        strips.combine(
+            arena,
+            *((target.at, strips.CODES[target.dtype]) if target else (0, strips.NO_TENSOR)),
+            np.array([_numbers(plus) + _numbers(minus) for plus, minus in vectors], np.int64).reshape(-1, 4),
+            np.array(alphas, np.float32).reshape(len(outs), -1),
+            outs,
+            strips.CODES[dtype],
+            first,
+            count,
+            self._keys(name if target else f"vector of {name}", first, dtype),
+            self._level,
+            self._scratch,
+            self._spare,
+            self._steps,
+            sums,
+            counts,
+        )
+        scales = [row[0] if len(row) == 1 else 1.0 for row in alphas] if target else [1.0]
+        return [_measures(*of) for of in zip(sums, counts, scales, strict=True)]
+
+    def _keys(self, name: str, first: int, dtype: str) -> npt.NDArray[np.uint32]:
+        """Those of the words from the first element's on and of the ones after them, and where the former end."""
+        if self._arithmetic.rounding == "nearest":
+            return np.empty(0, np.uint32)
+        high = (first // 2 if dtype == "BF16" else first) // COUNTERS
+        seed = self._arithmetic.seed
+        keys = [*noise_keys(seed, name, high), *noise_keys(seed, name, high + 1), high % COUNTERS, high // COUNTERS]
+        return np.array(keys, np.uint32)
+
+
+def _numbers(operand: RawOperand | None) -> tuple[int, int]:
+    return (operand.at, strips.CODES[operand.dtype]) if operand is not None else (0, strips.NO_TENSOR)
+
+
+def _measures(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], alpha: float) -> Measures:
+    count = counts.tolist()
+    nonfinite = count[strips.NAN] + count[strips.INFINITE]
+    at_least = [*count[strips.ULPS :], 0]
+    v_sq, t_sq, v_t, moved_v, error_sq = sums.tolist()
+    return Measures(
+        v_sq,
+        t_sq,
+        v_t,
+        moved_v,
+        error_sq,
+        v_max=float(np.int32(count[strips.V_MAX_BITS]).view(np.float32)),
+        nonzero=count[strips.NONZERO],
+        changed=count[strips.CHANGED],
+        absorbed=count[strips.ABSORBED] if alpha else 0,
+        ulps_max=count[strips.ULPS_MAX],
+        inexact=count[strips.INEXACT],
+        overflowed=count[strips.OVERFLOWED],
+        nan=count[strips.NAN],
+        infinite=count[strips.INFINITE],
+        first_nonfinite=count[strips.FIRST] if nonfinite else None,
+        ulps=tuple(low - high for low, high in pairwise(at_least)),
+    )

@@ -1,0 +1,130 @@
+"""From the results of pieces to the rows of the tables and the manifest's totals: pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from rv_distributed.checkpoint.manifest import Totals
+from rv_distributed.checkpoint.pieces import PieceRow
+from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of
+from rv_distributed.measures import Leaf, Measures, add_up
+from rv_distributed.plan import Plan, TensorPlan
+from rv_distributed.runtime.model import BLOCK_BYTES, PieceResult, SpanResult
+
+Spans = Sequence[SpanResult]
+
+
+def tensor_rows(plan: Plan, output: int, pieces: Mapping[int, Spans]) -> tuple[list[TensorRow], Totals]:
+    """A row for every tensor of the plan, in its order, and what they add up to, from the spans of all pieces."""
+    parts: list[list[PartDigest]] = [[] for _ in plan.tensors]
+    leaves: list[list[Leaf]] = [[] for _ in plan.tensors]
+    for piece in plan.pieces:
+        for span in pieces[piece.number]:
+            tensor = plan.tensors[span.tensor]
+            start, stop = max(tensor.start, piece.start), min(tensor.stop, piece.stop)
+            parts[span.tensor].append(PartDigest(start, stop, span.digest))
+            leaves[span.tensor].append((piece.start // BLOCK_BYTES, span.measures))
+    alphas = plan.alphas[output]
+    alpha = alphas[0] if len(alphas) == 1 and plan.operation != "extract" else 1.0
+    measures = list(map(add_up, leaves))
+    rows = [_row(plan, *of, alpha) for of in zip(plan.tensors, map(tuple, parts), measures, strict=True)]
+    return rows, _totals(plan, rows, measures, alpha)
+
+
+def _row(plan: Plan, tensor: TensorPlan, parts: tuple[PartDigest, ...], measures: Measures, alpha: float) -> TensorRow:
+    elements = max(1, math.prod(tensor.shape))
+    measured = tensor.rule == "combine" and plan.stats != "none"
+    full, moves = measured and plan.stats == "full", measured and tensor.target is not None
+    v_norm, t_norm = math.sqrt(measures.v_sq), math.sqrt(measures.t_sq)
+    return TensorRow(
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        shard=plan.shards[tensor.shard].name,
+        start=tensor.start,
+        stop=tensor.stop,
+        bytes=tensor.stop - tensor.start,
+        digest=digest_of([part.digest for part in parts] or [NO_BYTES]),
+        parts=parts,
+        rule=tensor.rule,
+        why=tensor.why,
+        v_norm=v_norm if measured else None,
+        t_norm=t_norm if moves else None,
+        v_t_ratio=ratio(v_norm, t_norm) if moves else None,
+        cosine=ratio(measures.v_t, v_norm * t_norm) if full and moves else None,
+        v_max=measures.v_max if measured else None,
+        nonzero=measures.nonzero if measured else None,
+        nonzero_fraction=measures.nonzero / elements if measured else None,
+        alpha=alpha if measured else None,
+        realised_alpha=ratio(measures.moved_v, measures.v_sq) if full else None,
+        relative_error=ratio(math.sqrt(measures.error_sq), abs(alpha) * v_norm) if full else None,
+        changed=measures.changed if measured else None,
+        changed_fraction=measures.changed / elements if measured else None,
+        absorbed=measures.absorbed if measured else None,
+        absorbed_fraction=ratio(measures.absorbed, measures.nonzero) if measured and alpha else None,
+        ulps_max=measures.ulps_max if moves else None,
+        ulps=measures.ulps if full and moves else None,
+        inexact=measures.inexact if measured else None,
+        overflowed=measures.overflowed,
+        nan=measures.nan,
+        infinite=measures.infinite,
+        first_nonfinite=measures.first_nonfinite,
+    )
+
+
+def _totals(plan: Plan, rows: Sequence[TensorRow], measures: Sequence[Measures], alpha: float) -> Totals:
+    rules = Counter(row.rule for row in rows)
+    total = Measures()
+    for row, found in zip(rows, measures, strict=True):
+        if row.rule == "combine":
+            total = total.plus(found)
+    v_norm, t_norm = math.sqrt(total.v_sq), math.sqrt(total.t_sq)
+    full = plan.stats == "full"
+    return Totals(
+        tensors=len(rows),
+        combined=rules["combine"],
+        cast=rules["cast"],
+        copied=rules["copy"],
+        parameters=sum(math.prod(row.shape) for row in rows),
+        data_bytes=plan.data_bytes,
+        v_norm=_finite(v_norm) if plan.stats != "none" else None,
+        t_norm=_finite(t_norm) if plan.stats != "none" else None,
+        v_max=_finite(total.v_max) if plan.stats != "none" else None,
+        cosine=_finite(ratio(total.v_t, v_norm * t_norm)) if full else None,
+        alpha=alpha,
+        realised_alpha=_finite(ratio(total.moved_v, total.v_sq)) if full else None,
+        relative_error=_finite(ratio(math.sqrt(total.error_sq), abs(alpha) * v_norm)) if full else None,
+        nonzero_elements=total.nonzero,
+        changed_elements=total.changed,
+        absorbed_elements=total.absorbed,
+        ulps_max=total.ulps_max if plan.operation != "extract" else 0,
+        inexact_elements=total.inexact,
+        overflowed_elements=sum(found.overflowed for found in measures),
+        nan_elements=sum(found.nan for found in measures),
+        infinite_elements=sum(found.infinite for found in measures),
+    )
+
+
+def piece_rows(plan: Plan, results: Iterable[tuple[PieceResult, float]]) -> list[PieceRow]:
+    """A row for every piece of the plan; ``results`` are those of this run, with their seconds from its start."""
+    made = {result.piece: (result, seconds) for result, seconds in results}
+    rows = []
+    for piece in plan.pieces:
+        row = PieceRow(piece.number, plan.shards[piece.shard].name, piece.start, piece.stop)
+        if piece.number in made:
+            result, seconds = made[piece.number]
+            bytes_moved = result.bytes_read, result.bytes_written
+            row = PieceRow(*row[:4], result.worker, result.attempt, seconds, *result.waited, *bytes_moved)
+        rows.append(row)
+    return rows
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """``part / whole``; None when that is 0."""
+    return part / whole if whole else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,39 @@
+"""Blocks through the compiled kernel."""
+
+from __future__ import annotations
+
+from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
+from rv_distributed.measures import Measures
+from rv_distributed.plan import Operand, Span
+from rv_distributed.runtime.chunks import Part
+from rv_distributed.runtime.compute import Bytes
+from rv_distributed.runtime.model import WorkerConfig
+
+
+class CompiledBlock:
+    """As `Block`."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._combiner = CompiledCombiner(outputs=len(config.outputs), stats=config.stats, arithmetic=config.arithmetic)
+
+    def __call__(
+        self, span: Span, part: Part, alphas: list[list[float]], arena: Bytes, outs: Bytes, done: int, count: int
+    ) -> list[Measures]:
+        def raw(at: int, operand: Operand) -> RawOperand:
+            return RawOperand(at + done * item_bytes(operand.dtype), operand.dtype)
+
+        return self._combiner.compute(
+            arena,
+            raw(part.target, span.target) if span.target else None,
+            [
+                (raw(plus_at, operand.plus), raw(minus_at, operand.minus) if operand.minus else None)
+                for operand, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True)
+            ],
+            alphas,
+            outs,
+            span.dtype,
+            name=span.name,
+            first=part.first + done,
+            count=count,
+        )

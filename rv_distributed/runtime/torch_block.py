@@ -1,0 +1,66 @@
+"""Blocks through torch: on GPUs, and on the processor in the arithmetic that is not compiled.
+
+On CUDA the operands go over as raw elements and the results come back, on a CUDA stream of the worker's stream; the
+kernels in between are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
+from rv_distributed.measures import Measures
+from rv_distributed.plan import Operand, Span
+from rv_distributed.runtime.chunks import Part
+from rv_distributed.runtime.compute import Bytes
+from rv_distributed.runtime.model import WorkerConfig
+
+
+class TorchBlock:
+    """As `Block`."""
+
+    def __init__(self, config: WorkerConfig, device: str, block_bytes: int) -> None:
+        # The streams are the parallelism; torch's own threads would only get in their way.
+        torch.set_num_threads(1)
+        self._device = torch.device(device)
+        self._combiner = Combiner(
+            block_elements=block_bytes // min(dtype.itemsize for dtype in TORCH_DTYPES.values()),
+            outputs=len(config.outputs),
+            device=self._device,
+            stats=config.stats,
+            arithmetic=config.arithmetic,
+        )
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    def __call__(
+        self, span: Span, part: Part, alphas: list[list[float]], arena: Bytes, outs: Bytes, done: int, count: int
+    ) -> list[Measures]:
+        def load(at: int, operand: Operand) -> torch.Tensor:
+            dtype = TORCH_DTYPES[operand.dtype]
+            start = at + done * dtype.itemsize
+            raw = torch.from_numpy(arena[start : start + count * dtype.itemsize])
+            values = (raw if start % dtype.itemsize == 0 else raw.clone()).view(dtype)
+            return values if self._stream is None else values.to(self._device, non_blocking=True)
+
+        dtype = TORCH_DTYPES[span.dtype]
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            raws = [torch.from_numpy(out).view(dtype) for out in outs]
+            results = raws if self._stream is None else [torch.empty_like(raw, device=self._device) for raw in raws]
+            vectors = [
+                (load(plus_at, operand.plus), load(minus_at, operand.minus) if operand.minus else None)
+                for operand, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True)
+            ]
+            name, first = span.name, part.first + done
+            if span.target is None:
+                measured = [self._combiner.extract(results[0], *vectors[0], name=name, first=first)]
+            else:
+                measured = self._combiner.combine(
+                    results, load(part.target, span.target), vectors, alphas, name=name, first=first
+                )
+            if self._stream is not None:
+                for raw, result in zip(raws, results, strict=True):
+                    raw.copy_(result, non_blocking=True)
+                self._stream.synchronize()
+        return measured
