@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from rv_distributed import __version__
-from rv_distributed.cli import bench, demo, inspect, merge, submit, verify
+from rv_distributed.cli import bench, demo, inspect, merge, report, submit, verify
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
@@ -30,6 +30,7 @@ app.command()(merge.apply)
 app.command()(merge.transfer)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
+app.command()(report.report)
 app.command()(bench.bench)
 app.command()(demo.demo)
 # Options behind the name of the command that is submitted are that command's.
@@ -65,9 +66,9 @@ def main() -> None:
     except typer.Exit as done:
         status = done.exit_code
     except RvError as error:
-        status = report(error)
+        status = report_error(error)
     except OSError as error:
-        status = report(RvError(f"{error.filename or 'storage'}: {error.strerror or error}"))
+        status = report_error(RvError(f"{error.filename or 'storage'}: {error.strerror or error}"))
     except Exception as error:
         # click's own errors know how to show themselves; anything else is a bug and keeps its traceback.
         show = getattr(error, "show", None)
@@ -82,7 +83,7 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def report(error: RvError) -> int:
+def report_error(error: RvError) -> int:
     """Print an error, as JSON too where that was asked for, and return its exit status."""
     hint = "\nNothing that was finished is lost: run the same command again to resume."
     resumable = isinstance(error, (Interrupted, RunError)) and not isinstance(error, ChangedError)

@@ -10,8 +10,8 @@ import typer
 
 from rv_distributed.cli.options import Json
 from rv_distributed.cli.terminal import say
-from rv_distributed.cli.units import parse_bytes, show_bytes, show_seconds
 from rv_distributed.errors import UsageError
+from rv_distributed.units import parse_bytes, show_bytes, show_seconds
 
 Folder = Annotated[str, typer.Argument(help="Folder on the storage to measure.", metavar="PATH")]
 Size = Annotated[str, typer.Option(help="How much to write there, twice, while measuring.", metavar="SIZE")]

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from rv_distributed.cli.terminal import say
-from rv_distributed.cli.units import show_bytes, show_count, show_seconds
 from rv_distributed.errors import OutputError, RunError
+from rv_distributed.units import show_bytes, show_count, show_seconds
 
 
 def demo(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
-from rv_distributed.cli.units import show_bytes
+from rv_distributed.units import show_bytes
 from rv_distributed.watching import Share
 
 _HEAD: Final[tuple[str, ...]] = (

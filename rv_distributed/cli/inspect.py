@@ -9,8 +9,8 @@ import typer
 
 from rv_distributed.cli import options as opt
 from rv_distributed.cli.terminal import say
-from rv_distributed.cli.units import show_bytes, show_count
 from rv_distributed.errors import one_line
+from rv_distributed.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from rv_distributed.checkpoint.model import Checkpoint

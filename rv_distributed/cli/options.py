@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from rv_distributed.cli.units import parse_bytes
 from rv_distributed.errors import UsageError
 from rv_distributed.recipe import ComputeDType, Rounding, Stats
 from rv_distributed.runtime.select import DeviceName, RunOptions, RuntimeName
+from rv_distributed.units import parse_bytes
 
 if TYPE_CHECKING:
     from rv_distributed.plan import PlanOptions

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 from rv_distributed.cli.options import LogFormat
 from rv_distributed.cli.terminal import warn
-from rv_distributed.cli.units import show_bytes, show_seconds
 from rv_distributed.errors import one_line
 from rv_distributed.job import Job
 from rv_distributed.logs import JsonLines
+from rv_distributed.units import show_bytes, show_seconds
 from rv_distributed.watching import Progress, Share
 
 _LINE_EVERY_S = 5.0

@@ -13,15 +13,15 @@ from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.cli.effort import effort_document, effort_table
 from rv_distributed.cli.options import Common
-from rv_distributed.cli.outcome import oddities, show_measures
 from rv_distributed.cli.progress import progress_display
 from rv_distributed.cli.terminal import say, warn
-from rv_distributed.cli.units import plural, show_bytes, show_count, show_seconds
 from rv_distributed.errors import one_line
 from rv_distributed.job import Job, prepare
+from rv_distributed.outcome import oddities, show_measures
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import formula
 from rv_distributed.storage.places import Room
+from rv_distributed.units import plural, show_bytes, show_count, show_seconds
 from rv_distributed.watching import Share
 
 

@@ -14,8 +14,8 @@ from typer.core import TyperGroup
 
 from rv_distributed.cli.options import Json
 from rv_distributed.cli.terminal import say, warn
-from rv_distributed.cli.units import parse_bytes
 from rv_distributed.errors import Interrupted, UsageError, one_line, redacted
+from rv_distributed.units import parse_bytes
 
 if TYPE_CHECKING:
     from rv_distributed.submission import Follower, JobServer, JobState

@@ -10,8 +10,8 @@ import typer
 
 from rv_distributed.cli import options as opt
 from rv_distributed.cli.terminal import say
-from rv_distributed.cli.units import show_bytes, show_seconds
 from rv_distributed.errors import UsageError, one_line
+from rv_distributed.units import show_bytes, show_seconds
 
 
 def verify(

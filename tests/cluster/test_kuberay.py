@@ -16,10 +16,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from rv_distributed.cli.units import parse_bytes
 from rv_distributed.demo import make_checkpoints
 from rv_distributed.runtime.on_ray.runtime import _ACTOR_BYTES, _OBJECT_STORE_BYTES
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES
+from rv_distributed.units import parse_bytes
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "kuberay"
 #: The oldest Kubernetes that its makers still support when this is written.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rv_distributed.cli.units import parse_bytes, show_bytes, show_count, show_seconds
 from rv_distributed.errors import UsageError
+from rv_distributed.units import parse_bytes, show_bytes, show_count, show_seconds
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from rv_distributed.checkpoint.manifest import Manifest, Totals
-from rv_distributed.cli.units import plural, show_count
 from rv_distributed.recipe import show_alpha
+from rv_distributed.units import plural, show_count
 
 #: By how much of alpha what was realised may be off without a warning.
 _TOLERANCE: Final = 0.05

@@ -1,0 +1,57 @@
+"""``rv report``: what an output's tables say, to look at."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from rv_distributed.cli.terminal import say
+from rv_distributed.errors import OutputError, RunError, UsageError, one_line
+from rv_distributed.report import Format
+from rv_distributed.storage.publish import write_durably
+
+
+def report(
+    outs: Annotated[list[str], typer.Argument(help="Folder of an output; several are compared.", metavar="OUT...")],
+    form: Annotated[Format, typer.Option("--format", help="html: one page with figures; md: tables.")] = "html",
+    out: Annotated[
+        str | None,
+        typer.Option(help="File to write, or - for stdout; NAME.report.html here if not given.", metavar="FILE"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Report what an output is and what was realised of the vector, in one page that needs no network.
+
+    \b
+    Examples:
+      rv report out
+      rv report out-0.5 out-0.7 out-1.0 --out sweep.html
+    """
+    from rv_distributed.report import report as make_report
+
+    name = os.path.basename(os.path.abspath(outs[0])) if len(outs) == 1 else "comparison"
+    path = out if out is not None else f"{name}.report.{form}"
+    if path != "-":
+        _check_place(path, outs, overwrite=overwrite)
+    text = make_report(outs, form)
+    if path == "-":
+        say(text.rstrip("\n"))
+        return
+    try:
+        write_durably(path, text.encode())
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    say(one_line(os.path.abspath(path)))
+
+
+def _check_place(path: str, outs: list[str], *, overwrite: bool) -> None:
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    for out in map(os.path.realpath, outs):
+        if os.path.commonpath([folder, out]) == out:
+            raise UsageError(f"--out {path} lies in {out}, where rv verify would find a file too many")
+    if not os.path.isdir(folder):
+        raise UsageError(f"--out {path}: there is no folder {folder}")
+    if os.path.lexists(path) and not overwrite:
+        raise OutputError(f"{path} already exists. Give another --out, or --overwrite to replace it.")

@@ -1,0 +1,39 @@
+"""A report as GitHub's Markdown: words and tables, no figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rv_distributed.errors import one_line
+from rv_distributed.report.reading import Output
+from rv_distributed.report.tables import Table, comparison_table, heading, tables_of, verdict
+
+
+def markdown_of(outputs: Sequence[Output]) -> str:
+    """The report on one output, or the comparison of several."""
+    if len(outputs) > 1:
+        lines = ["# Comparison", "", *_table(comparison_table(outputs))]
+        for output in outputs:
+            lines += ["", f"## {_text(output.name)}", "", _text(heading(output)), "", *map(_item, verdict(output))]
+    else:
+        (output,) = outputs
+        lines = [f"# {_text(output.name)}", "", _text(heading(output)), "", *map(_item, verdict(output))]
+        for table in tables_of(output):
+            lines += ["", f"## {_text(table.title)}", "", *_table(table)]
+    return "\n".join(lines) + "\n"
+
+
+def _item(text: str) -> str:
+    return f"- {_text(text)}"
+
+
+def _table(table: Table) -> list[str]:
+    rows = [table.header, tuple("---" for _ in table.header)]
+    shown = [f"| {' | '.join(row)} |" for row in rows]
+    return shown + [f"| {' | '.join(map(_text, row))} |" for row in table.rows]
+
+
+def _text(text: str) -> str:
+    """Text from files is shown, never interpreted."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", one_line(text))

@@ -1,0 +1,131 @@
+"""A report as one HTML file that needs nothing else: plotly's script, the figures' data and a little style of its own.
+
+Whatever comes from files is escaped, and the page's own policy keeps it from the network.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from plotly.offline import get_plotlyjs
+
+from rv_distributed.errors import one_line
+from rv_distributed.report.figures import Figure, comparison_of, figures_of
+from rv_distributed.report.reading import Output
+from rv_distributed.report.tables import Table, comparison_table, heading, tables_of, verdict
+
+_POLICY: Final = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+_STYLE: Final = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --faint: #5f5f5f; --ground: #fff; --line: #d8d8d8; --warn: #fff3cd; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --faint: #a8a8a8; --ground: #16181c; --line: #3a3d44; --warn: #4d3f12; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; color: var(--ink); background: var(--ground);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 0; }
+p { margin: .25rem 0; } .faint, figcaption { color: var(--faint); font-size: .875rem; }
+.warning { background: var(--warn); padding: .5rem .75rem; border-radius: .25rem; }
+figure { margin: 0; break-inside: avoid; } .plot { width: 100%; min-height: 8rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; width: 100%; }
+th, td { text-align: left; padding: .25rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: normal; } td:first-child { overflow-wrap: anywhere; min-width: 8rem; }
+@media print { body { max-width: none; padding: 0; } .scroll { overflow: visible; } td { overflow-wrap: anywhere; } }
+"""
+
+#: Draws the figures in the colours of the page, anew whenever those change or its width does.
+_SCRIPT: Final = """
+"use strict";
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const plots = Object.keys(figures).map(name => document.getElementById(name));
+function colours() {
+  const style = getComputedStyle(document.documentElement);
+  const ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
+  const found = {"font.color": ink, "hoverlabel.font.size": 14};
+  for (const axis of ["xaxis", "yaxis"])
+    Object.assign(found, {[axis + ".gridcolor"]: line, [axis + ".zerolinecolor"]: line, [axis + ".linecolor"]: line});
+  return found;
+}
+function dress() { for (const plot of plots) Plotly.relayout(plot, colours()); }
+for (const plot of plots) {
+  const {data, layout} = figures[plot.id];
+  Plotly.newPlot(plot, data, layout, {responsive: true, displayModeBar: false});
+}
+dress();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", dress);
+matchMedia("print").addEventListener("change", () => { dress(); for (const plot of plots) Plotly.Plots.resize(plot); });
+"""
+
+
+def page_of(outputs: Sequence[Output]) -> str:
+    """The report on one output, or the comparison of several."""
+    if len(outputs) > 1:
+        figures = list(comparison_of(outputs))
+        title = f"{len(outputs)} outputs of rv_distributed"
+        top = [f"<h1>{_text(title)}</h1>"]
+        for output in outputs:
+            top += [
+                f"<h2>{_text(output.name)}</h2>",
+                f'<p class="faint">{_text(heading(output))}</p>',
+                *_verdict(output),
+            ]
+        tables: Iterable[Table] = [comparison_table(outputs)]
+    else:
+        (output,) = outputs
+        figures, tables, title = list(figures_of(output)), tables_of(output), output.name
+        top = [f"<h1>{_text(title)}</h1>", _heading(output), *_verdict(output)]
+    drawn = {figure.name: json.loads(figure.figure.to_json()) for figure in figures if figure.figure is not None}
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
+            *top,
+            *map(_figure, figures),
+            *map(_table, tables),
+            '<p class="faint">Made by rv report from the manifest and the tables of the output.</p>',
+            f'<script type="application/json" id="figures">{_embedded(drawn)}</script>',
+            f"<script>{get_plotlyjs()}</script>",
+            f"<script>{_SCRIPT}</script></body></html>",
+            "",
+        ]
+    )
+
+
+def _heading(output: Output) -> str:
+    return f'<p class="faint">{_text(heading(output))}</p>'
+
+
+def _verdict(output: Output) -> list[str]:
+    measures, *odd = verdict(output)
+    return [f"<p>{_text(measures)}</p>", *(f'<p class="warning">⚠ {_text(text)}</p>' for text in odd)]
+
+
+def _figure(figure: Figure) -> str:
+    title, caption = f"<h2>{_text(figure.title)}</h2>", f"<figcaption>{_text(figure.caption)}</figcaption>"
+    if figure.figure is None:
+        return f"<section>{title}<p class='faint'>{_text(figure.why_not)}</p></section>"
+    plot = f'<div class="plot" id="{figure.name}" role="img" aria-label="{_text(figure.title)}"></div>'
+    return f"<figure>{title}{caption}{plot}</figure>"
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{_text(name)}</th>" for name in table.header) if any(table.header) else ""
+    rows = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f'<section><h2>{_text(table.title)}</h2><div class="scroll"><table>{body}</table></div></section>'
+
+
+def _text(text: str) -> str:
+    return html.escape(one_line(text))
+
+
+def _embedded(document: object) -> str:
+    """JSON that no text in it can end the script of."""
+    return json.dumps(document, ensure_ascii=True).replace("<", "\\u003c").replace("&", "\\u0026")
