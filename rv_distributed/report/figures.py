@@ -76,9 +76,9 @@ def _heat_map(output: Output) -> Figure:
         colorscale="Cividis",
         hovertemplate="%{y}<br>layer %{x}<br>‖v‖/‖t‖ %{z:.6g}<extra></extra>",
         hoverongaps=False,
-        colorbar={"thickness": 10, "tickformat": ".2g"},
+        colorbar={"thickness": 10, "tickformat": ".2g", "orientation": "h", "y": 1.0, "yanchor": "bottom", "len": 0.9},
     )
-    figure = _figure([heat], x="layer (–: in none)", height=140 + 22 * len(modules))
+    figure = _figure([heat], x="layer (–: in none)", height=190 + 22 * len(modules))
     figure.update_xaxes(type="category")
     figure.update_yaxes(type="category", autorange="reversed")
     return Figure("heat", title, caption, figure)
@@ -109,7 +109,7 @@ def _by_layer(
     if asked:
         figure.add_hline(y=output.manifest.totals.alpha, line_dash="dash", line_color=COLOURS[5])
     else:
-        figure.update_yaxes(tickformat=".1%", rangemode="tozero")
+        figure.update_yaxes(tickformat=".3~%", rangemode="tozero")
     return Figure(name, title, caption, figure)
 
 
@@ -189,7 +189,7 @@ def comparison_of(outputs: Sequence[Output]) -> Iterator[Figure]:
             "Lost in rounding",
             "The share of the vector's elements that left the output as the target was.",
             [t.absorbed_elements / t.nonzero_elements if t.nonzero_elements else None for t in totals],
-            ".1%",
+            ".3~%",
         ),
         (
             "error",
@@ -203,7 +203,7 @@ def comparison_of(outputs: Sequence[Output]) -> Iterator[Figure]:
             "Elements changed",
             "The share of all parameters that differ from the target's.",
             [t.changed_elements / max(1, t.parameters) for t in totals],
-            ".1%",
+            ".3~%",
         ),
     ]
     for name, title, caption, y, form in values:
