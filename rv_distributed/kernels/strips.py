@@ -43,12 +43,32 @@ _PLAIN: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy"}
 _SUMS: Final[dict[str, Any]] = {**_PLAIN, "fastmath": {"reassoc", "contract", "nsz"}}
 
 
-def _entry(function: Callable[..., None]) -> Any:
-    """Compile, and keep the machine code where there is a place for it."""
-    try:
-        return njit(cache=True, **_PLAIN)(function)
-    except RuntimeError:
-        return njit(**_PLAIN)(function)
+class _Entry:
+    """A function that is compiled when it is first called, or taken from Numba's cache.
+
+    The cache is a folder beside this file, or in the user's own, or nowhere; it may be full, or damaged by a power cut.
+    None of that is a reason to fail: then the machine code is made anew, and not kept.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        self._ready = False
+        try:
+            self._compiled = njit(cache=True, **_PLAIN)(function)
+        except RuntimeError:
+            self._compiled = njit(**_PLAIN)(function)
+
+    def __call__(self, *args: object) -> None:
+        if self._ready:
+            self._compiled(*args)
+            return
+        try:
+            self._compiled(*args)
+        except Exception:
+            # Nothing has run yet: what is compiled raises no exception.
+            self._compiled = njit(**_PLAIN)(self._function)
+            self._compiled(*args)
+        self._ready = True
 
 
 @njit(**_PLAIN)
@@ -458,4 +478,4 @@ def _combine(
                 counts[k, INEXACT] += _count_inexact(d, o)
 
 
-combine: Final = _entry(_combine)
+combine: Final = _Entry(_combine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -31,12 +32,12 @@ def test_a_name_tells_layer_and_module(name: str, place: Place) -> None:
 
 
 def row(name: str, v: float, t: float, realised: float, **more: object) -> TensorRow:
-    made = TensorRow(
+    columns: tuple[Any, ...] = (
         *(name, "BF16", (10, 10), "model.safetensors", 0, 200, 200, NO_BYTES, (), "combine", ""),
         *(v, t, v / t, 0.0, v, 50, 0.5, 0.5, realised, 0.2, 40, 0.4, 10, 0.2, 3, (30, 10, 0, 0, 0, 0, 0, 0), 0),
         *(0, 0, 0, None),
     )
-    return made._replace(**more)  # type: ignore[arg-type]
+    return TensorRow(*columns)._replace(**more)  # type: ignore[arg-type]
 
 
 def test_a_group_weighs_its_tensors_by_the_squares_of_their_vectors() -> None:

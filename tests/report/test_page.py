@@ -42,8 +42,8 @@ def models(folder: Path) -> tuple[str, str, str]:
         donor[name] = Raw("BF16", raw.shape, narrow(moved, "BF16"))
     tensors = [{**made[0], "ids": Raw("I64", (3,), bytes(24))}, donor, made[1]]
     names = ("t", "a?token=hunter2", "b")
-    target, donor, reference = (write_checkpoint(folder / name, one) for name, one in zip(names, tensors, strict=True))
-    return target, donor, reference
+    t, a, b = (write_checkpoint(folder / name, one) for name, one in zip(names, tensors, strict=True))
+    return t, a, b
 
 
 @pytest.fixture(scope="module")
