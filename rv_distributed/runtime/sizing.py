@@ -12,8 +12,10 @@ from rv_distributed.runtime.model import BLOCK_BYTES
 #: Large enough for full storage speed, small enough that many streams fit a small budget.
 CHUNK_BYTES = 4 << 20
 DEFAULT_BUDGET_BYTES = 512 << 20
-#: Of a stream that rounds otherwise than from float32 to nearest: random bits, and temporaries in float64.
-_ROUNDING_BYTES: Final = 10 * BLOCK_BYTES
+#: Scratch of a stream whose arithmetic is compiled, beside what each output takes.
+_SCRATCH_BYTES: Final = 128 << 10
+#: Of a stream that computes in float64, through torch: temporaries of rounding and measuring, mostly of 8 bytes.
+_TEMPORARY_BYTES: Final = 40 * BLOCK_BYTES
 
 
 class Sizing(NamedTuple):
@@ -32,11 +34,10 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     """
     outputs = len(plan.alphas)
     ratio = max((_operand_ratio(tensor) for tensor in plan.tensors), default=1.0)
-    # Scratch of the kernels: in the dtype of the arithmetic, as many elements as a block of a 16-bit dtype has.
-    width = 8 if plan.arithmetic.compute_dtype == "float64" else 4
-    scratch = (4 + outputs) * width * (BLOCK_BYTES // 2)
-    if plan.arithmetic.compute_dtype == "float64" or plan.arithmetic.rounding == "stochastic":
-        scratch += _ROUNDING_BYTES
+    scratch = _SCRATCH_BYTES * (1 + outputs)
+    if plan.arithmetic.compute_dtype == "float64":
+        # As many elements as a block of a 16-bit dtype has.
+        scratch += (4 + 2 * outputs) * 8 * (BLOCK_BYTES // 2) + _TEMPORARY_BYTES
 
     def stream_bytes(chunk: int) -> int:
         return int(chunk * (ratio + outputs)) + scratch

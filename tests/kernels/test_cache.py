@@ -54,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("suffix", [".nbi", pytest.param(".nbc", marks=pytest.mark.slow)])
 def test_a_damaged_cache_is_passed_over(cache: Path, suffix: str) -> None:
     (path,) = cache.rglob(f"*{suffix}")
     whole = path.read_bytes()
@@ -69,5 +69,6 @@ def test_a_cache_without_room_is_passed_over(tmp_path: Path) -> None:
     compute(tmp_path, file_bytes=1000)
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_made_is_passed_over() -> None:
     compute(Path("/proc/no/such/place"))
