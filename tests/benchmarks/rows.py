@@ -51,6 +51,9 @@ def rows_of(bench: Bench) -> Iterator[Row]:
     yield Row("steady-warm", model, partial(_steady, bench, "steady-warm", "warm", 1.3))
     yield Row("steady-cold", model, partial(_steady, bench, "steady-cold", "cold", 1.15))
     yield Row("apply", model, partial(_apply, bench))
+    full, none, chance = (("--stats", "full"), ("--stats", "none"), ("--rounding", "stochastic", "--alpha", "0.7"))
+    yield Row("statistics", model, partial(_cost, bench, "statistics", full, none, Goal("≤", 1.25, "×")))
+    yield Row("stochastic", model, partial(_cost, bench, "stochastic", chance, ("--alpha", "0.7"), None))
     yield Row("alphas", model, partial(_alphas, bench))
     if size.name != "toy":
         many = partial(_against_mergekit, bench, "transfer-7b", size.layers, _LOCAL, 10)
@@ -90,7 +93,7 @@ def _run_s(out: Path) -> float:
     return float(json.loads((out / "rv_manifest.json").read_bytes())["timings"]["run_s"])
 
 
-def _compared(row: str, what: str, goal: Goal, raw: Mapping[str, Sequence[float]], state: str) -> Figure:
+def _compared(row: str, what: str, goal: Goal | None, raw: Mapping[str, Sequence[float]], state: str) -> Figure:
     """A ratio of two sides, the first over the second, round by round."""
     above, below = raw
     sides = ", ".join(f"{side} {median(figures):.3g} s" for side, figures in raw.items())
@@ -147,6 +150,20 @@ def _apply(bench: Bench) -> list[Figure]:
     raw = bench.in_turn("apply", files, "warm", sides)
     what = "apply with statistics and digests over without"
     return [_compared("apply", what, Goal("≤", 1.2, "×"), raw, "warm")]
+
+
+def _cost(bench: Bench, row: str, with_it: Sequence[str], without: Sequence[str], goal: Goal | None) -> list[Figure]:
+    """Streaming seconds of a transfer over those of one with other flags. Where a fifth goes into it, it is 1.25 ×."""
+    triple = bench.triple(bench.size.model)
+
+    def side(flags: Sequence[str]) -> float:
+        measure.run(_transfer(triple, bench.ours, *_LOCAL, *flags))
+        return _run_s(bench.ours)
+
+    raw = bench.in_turn(
+        row, triple.files(), "warm", {"with": partial(side, with_it), "without": partial(side, without)}
+    )
+    return [_compared(row, f"transfer with {' '.join(with_it)} over {' '.join(without)}", goal, raw, "warm")]
 
 
 def _alphas(bench: Bench) -> list[Figure]:

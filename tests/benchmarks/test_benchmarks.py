@@ -12,7 +12,17 @@ import pytest
 
 SUITE = Path(__file__).parent
 #: Rows whose commands of ours leave outputs; `plan`, `large` and `help` write none, and `scaling` stops before it has.
-WRITING = {"steady-warm", "steady-cold", "apply", "alphas", "memory-toy", "memory-one-tensor-8388608", "scheduling"}
+WRITING = {
+    "steady-warm",
+    "steady-cold",
+    "apply",
+    "statistics",
+    "stochastic",
+    "alphas",
+    "memory-toy",
+    "memory-one-tensor-8388608",
+    "scheduling",
+}
 
 
 @pytest.mark.timeout(600)
