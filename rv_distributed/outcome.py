@@ -22,7 +22,7 @@ def show_measures(manifest: Manifest) -> str:
         share = totals.changed_elements / max(1, totals.parameters)
         texts.append(f"{share:.1%} of the elements {'not zero' if manifest.operation == 'extract' else 'changed'}")
     if manifest.operation != "extract" and totals.realised_alpha is not None:
-        texts.append(f"alpha {show_alpha(totals.alpha)} realised as {totals.realised_alpha:.4g}")
+        texts.append(f"{_asked(manifest)} realised as {totals.realised_alpha:.4g}")
         if totals.absorbed_elements:
             texts.append(f"{totals.absorbed_elements / totals.nonzero_elements:.1%} of the changes lost in rounding")
     if nonfinite := totals.nan_elements + totals.infinite_elements:
@@ -57,5 +57,10 @@ def oddities(out: str, manifest: Manifest) -> list[str]:
     remedy = "--dtype float32 keeps it"
     if manifest.options["rounding"] != "stochastic":
         remedy = f"--rounding stochastic realises it on average; {remedy}"
-    asked_for = show_alpha(totals.alpha)
-    return [f"{out}: rounding made of alpha {asked_for} a realised alpha of {realised:.4g}. {remedy}."]
+    return [f"{out}: rounding made of {_asked(manifest)} a realised alpha of {realised:.4g}. {remedy}."]
+
+
+def _asked(manifest: Manifest) -> str:
+    """What was to be realised; of several vectors, the one that is their sum."""
+    one = len(manifest.alphas) <= 1
+    return f"alpha {show_alpha(manifest.totals.alpha)}" if one else "the vectors' weighted sum, of alpha 1,"

@@ -70,6 +70,18 @@ def test_without_statistics_nothing_is_said_and_the_weights_are_the_same(models:
     assert run_rv("verify", tmp_path / "none", "--against-inputs").status == 0
 
 
+def test_of_several_vectors_it_is_their_sum_that_was_realised(models: Path, tmp_path: Path) -> None:
+    for number, role in enumerate(("donor", "target")):
+        pair = ("--donor", models / role, "--reference", models / "reference", "--out", tmp_path / f"v{number}")
+        assert run_rv("extract", *pair).status == 0
+    vectors = ("--vector", f"{tmp_path / 'v0'}=0.3", "--vector", f"{tmp_path / 'v1'}=0.5")
+    done = run_rv("apply", "--target", models / "target", *vectors, "--out", tmp_path / "out")
+    totals = json.loads((tmp_path / "out" / "rv_manifest.json").read_bytes())["totals"]
+    assert totals["alpha"] == 1
+    assert f"the vectors' weighted sum, of alpha 1, realised as {totals['realised_alpha']:.4g}" in done.stdout
+    assert totals["realised_alpha"] == pytest.approx(1, rel=0.01)
+
+
 def test_statistics_of_another_kind_are_another_run(models: Path, tmp_path: Path) -> None:
     assert run_rv(*transfer(models, tmp_path / "out", "--stats", "basic")).status == 0
     again = run_rv(*transfer(models, tmp_path / "out"))
