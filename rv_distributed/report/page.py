@@ -37,27 +37,24 @@ th, td { text-align: left; padding: .25rem .5rem; border-bottom: 1px solid var(-
 @media print { body { max-width: none; padding: 0; } .scroll { overflow: visible; } td { overflow-wrap: anywhere; } }
 """
 
-#: Draws the figures in the colours of the page, anew whenever those change or its width does.
+#: Draws the figures in the colours of the page, anew whenever those change or the page is printed.
 _SCRIPT: Final = """
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
-const plots = Object.keys(figures).map(name => document.getElementById(name));
-function colours() {
+function draw() {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
-  const found = {"font.color": ink, "hoverlabel.font.size": 14};
-  for (const axis of ["xaxis", "yaxis"])
-    Object.assign(found, {[axis + ".gridcolor"]: line, [axis + ".zerolinecolor"]: line, [axis + ".linecolor"]: line});
-  return found;
+  for (const [name, {data, layout}] of Object.entries(figures)) {
+    const dressed = structuredClone(layout);
+    dressed.font = {color: ink};
+    for (const axis of [dressed.xaxis, dressed.yaxis])
+      Object.assign(axis, {gridcolor: line, zerolinecolor: line, linecolor: line});
+    Plotly.react(name, data, dressed, {responsive: true, displayModeBar: false});
+  }
 }
-function dress() { for (const plot of plots) Plotly.relayout(plot, colours()); }
-for (const plot of plots) {
-  const {data, layout} = figures[plot.id];
-  Plotly.newPlot(plot, data, layout, {responsive: true, displayModeBar: false});
-}
-dress();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", dress);
-matchMedia("print").addEventListener("change", () => { dress(); for (const plot of plots) Plotly.Plots.resize(plot); });
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+matchMedia("print").addEventListener("change", draw);
 """
 
 
