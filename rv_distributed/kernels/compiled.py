@@ -44,6 +44,7 @@ class CompiledCombiner:
         vectors: Sequence[tuple[RawOperand, RawOperand | None]],
         alphas: Sequence[Sequence[float]],
         outs: Bytes,
+        at: int,
         dtype: str,
         *,
         name: str,
@@ -52,8 +53,9 @@ class CompiledCombiner:
     ) -> list[Measures]:
         """Fill every row of ``outs`` with ``target + Σ αₖ·vₖ``, or with the vector if there is no target.
 
-        They are ``count`` elements of ``dtype`` from element ``first`` of the tensor ``name``, and nothing behind them;
-        ``alphas`` has a row for each. Returns the measures of each. Bits and measures are those of `Combiner`.
+        They are ``count`` elements of ``dtype``, from byte ``at`` on, which is a multiple of its size, and from element
+        ``first`` of the tensor ``name``; ``alphas`` has a row for each, and ``outs`` is contiguous. Returns the measures
+        of each. Bits and measures are those of `Combiner`.
         """
         sums = np.zeros((len(outs), strips.SUMS))
         counts = np.zeros((len(outs), strips.COUNTS), np.int64)
@@ -63,6 +65,7 @@ class CompiledCombiner:
             np.array([_numbers(plus) + _numbers(minus) for plus, minus in vectors], np.int64).reshape(-1, 4),
             np.array(alphas, np.float32).reshape(len(outs), -1),
             outs,
+            at,
             strips.CODES[dtype],
             first,
             count,

@@ -401,6 +401,7 @@ def _combine(
     vectors: Array,
     alphas: Array,
     outs: Array,
+    at: int,
     code: int,
     first_element: int,
     count: int,
@@ -417,10 +418,10 @@ def _combine(
     ``arena`` (bytes) holds the operands: the target at ``target_at``, or none if ``target_code`` is `NO_TENSOR`: then
     there is one vector and one output, and the output is the vector. ``vectors`` (int64) has a row ``at, code, at,
     code`` for plus and minus of each vector; a minus of the code `NO_TENSOR` is none. ``alphas`` (float32) has a row an
-    output and a column a vector, ``outs`` (bytes) a row an output, of exactly ``count`` elements of the dtype
-    ``code``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest. The measures are
-    added to ``sums`` (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 4 rows and
-    two for each output, ``spare`` (bytes) has 3 and ``steps`` (int16) is one, all of at least `STRIP` elements.
+    output and a column a vector, ``outs`` (bytes, contiguous) a row an output, which gets elements of the dtype ``code``
+    from byte ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest. The measures
+    are added to ``sums`` (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 4 rows
+    and two for each output, ``spare`` (bytes) has 3 and ``steps`` (int16) is one, all of at least `STRIP` elements.
     """
     width = _WIDTHS[code]
     several = vectors.shape[0] > 1
@@ -462,7 +463,7 @@ def _combine(
                 elif number == 0:
                     _copy(t, acc)
         for k in range(outs.shape[0]):
-            out = outs[k, first * width : (first + n) * width]
+            out = outs[k, at + first * width : at + (first + n) * width]
             acc = d if target_code == NO_TENSOR else scratch[4 + 2 * k, :n]
             if target_code == code and not alphas[k].any():
                 _copy(base, out)

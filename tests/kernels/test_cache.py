@@ -21,7 +21,7 @@ combiner = CompiledCombiner(outputs=1, stats="full", arithmetic=Arithmetic("floa
 target, vector = RawOperand(0, "F32"), RawOperand(32, "F32")
 arena = values.view(np.uint8)
 (found,) = combiner.compute(
-    arena, target, [(vector, None)], [[0.5]], out, "F32", name="x", first=0, count=8
+    arena, target, [(vector, None)], [[0.5]], out, 0, "F32", name="x", first=0, count=8
 )
 print(out.view(np.float32).tolist(), found.nonzero, found.changed)
 """

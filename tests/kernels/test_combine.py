@@ -111,12 +111,16 @@ class Compiled:
         for dtype in dict.fromkeys(dtypes):
             rows = [row for row, other in zip(alphas, dtypes, strict=True) if other == dtype]
             combiner = CompiledCombiner(outputs=len(rows), stats=stats, arithmetic=arithmetic)
-            outs = np.empty((len(rows), count * ITEM_BYTES[dtype]), np.uint8)
+            margin = 4 * ITEM_BYTES[dtype]
+            outs = np.full((len(rows), count * ITEM_BYTES[dtype] + 2 * margin), 77, np.uint8)
             before = bytes(arena)
             view = np.frombuffer(arena, np.uint8)
-            measures += combiner.compute(view, placed, operands, rows, outs, dtype, name="x", first=first, count=count)
+            about = {"first": first, "count": count}
+            measures += combiner.compute(view, placed, operands, rows, outs, margin, dtype, name="x", **about)
             assert bytes(arena) == before, "an input was written to"
-            raws += [Raw(dtype, (count,), out.tobytes()) for out in outs]
+            assert np.all(outs[:, :margin] == 77)
+            assert np.all(outs[:, -margin:] == 77)
+            raws += [Raw(dtype, (count,), out[margin:-margin].tobytes()) for out in outs]
         return raws, measures
 
 
