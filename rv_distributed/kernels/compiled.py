@@ -53,9 +53,9 @@ class CompiledCombiner:
     ) -> list[Measures]:
         """Fill every row of ``outs`` with ``target + Σ αₖ·vₖ``, or with the vector if there is no target.
 
-        They are ``count`` elements of ``dtype``, from byte ``at`` on, which is a multiple of its size, and from element
-        ``first`` of the tensor ``name``; ``alphas`` has a row for each, and ``outs`` is contiguous. Returns the measures
-        of each. Bits and measures are those of `Combiner`.
+        They are ``count`` elements of ``dtype``, from byte ``at`` on, which is a multiple of its size, and from
+        element ``first`` of the tensor ``name``; ``alphas`` has a row for each, and ``outs`` is contiguous. Returns the
+        measures of each. Bits and measures are those of `Combiner`.
         """
         sums = np.zeros((len(outs), strips.SUMS))
         counts = np.zeros((len(outs), strips.COUNTS), np.int64)

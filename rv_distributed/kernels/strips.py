@@ -418,7 +418,7 @@ def _combine(
     ``arena`` (bytes) holds the operands: the target at ``target_at``, or none if ``target_code`` is `NO_TENSOR`: then
     there is one vector and one output, and the output is the vector. ``vectors`` (int64) has a row ``at, code, at,
     code`` for plus and minus of each vector; a minus of the code `NO_TENSOR` is none. ``alphas`` (float32) has a row an
-    output and a column a vector, ``outs`` (bytes, contiguous) a row an output, which gets elements of the dtype ``code``
+    output and a column a vector, ``outs`` (bytes, contiguous) a row an output, which gets elements of dtype ``code``
     from byte ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest. The measures
     are added to ``sums`` (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 4 rows
     and two for each output, ``spare`` (bytes) has 3 and ``steps`` (int16) is one, all of at least `STRIP` elements.
