@@ -28,11 +28,15 @@ class RawOperand(NamedTuple):
 
 
 class CompiledCombiner:
-    """Scratch space of one thread, and the arithmetic of `rv_distributed.kernels.strips` over it."""
+    """Scratch space of one thread, and the arithmetic of `rv_distributed.kernels.strips` over it.
 
-    def __init__(self, *, outputs: int, stats: Stats, arithmetic: Arithmetic) -> None:
+    ``weighted`` as of `Combiner`.
+    """
+
+    def __init__(self, *, outputs: int, weighted: bool, stats: Stats, arithmetic: Arithmetic) -> None:
         self._level = _LEVELS[stats]
         self._arithmetic = arithmetic
+        self._weighted = weighted
         self._scratch = np.empty((4 + 2 * outputs, strips.STRIP), np.float32)
         self._spare = np.empty((3, 4 * strips.STRIP), np.uint8)
         self._steps = np.empty(strips.STRIP, np.int16)
@@ -70,6 +74,7 @@ class CompiledCombiner:
             first,
             count,
             self._keys(name if target else f"vector of {name}", first, dtype),
+            self._weighted,
             self._level,
             self._scratch,
             self._spare,
@@ -77,7 +82,7 @@ class CompiledCombiner:
             sums,
             counts,
         )
-        scales = [row[0] if len(row) == 1 else 1.0 for row in alphas] if target else [1.0]
+        scales = [row[0] if row and target and not self._weighted else 1.0 for row in alphas]
         return [_measures(*of) for of in zip(sums, counts, scales, strict=True)]
 
     def _keys(self, name: str, first: int, dtype: str) -> npt.NDArray[np.uint32]:

@@ -74,7 +74,7 @@ def _heat_map(output: Output) -> Figure:
         y=[label(module) for module in modules],
         z=values,
         colorscale="Cividis",
-        hovertemplate="%{y}<br>layer %{x}<br>‖v‖/‖t‖ %{z:.6g}<extra></extra>",
+        hovertemplate="%{y}<br>layer %{x}<br>‖v‖/‖t‖ %{z:.12g}<extra></extra>",
         hoverongaps=False,
         colorbar={"thickness": 10, "tickformat": ".2g", "orientation": "h", "y": 1.0, "yanchor": "bottom", "len": 0.9},
     )
@@ -103,7 +103,7 @@ def _by_layer(
         y=found,
         mode="lines+markers",
         line={"color": COLOURS[0]},
-        hovertemplate="layer %{x}<br>%{y:.6g}<extra></extra>",
+        hovertemplate="layer %{x}<br>%{y:.12g}<extra></extra>",
     )
     figure = _figure([line], x="layer")
     if asked:
@@ -140,7 +140,7 @@ def _largest(output: Output) -> Figure:
         y=[label(row.name) for row in rows],
         orientation="h",
         marker_color=COLOURS[0],
-        hovertemplate="%{y}<br>‖v‖ %{x:.6g}<extra></extra>",
+        hovertemplate="%{y}<br>‖v‖ %{x:.12g}<extra></extra>",
     )
     figure = _figure([bars], x="‖v‖", height=120 + 20 * len(rows))
     figure.update_yaxes(type="category", autorange="reversed")
@@ -161,7 +161,7 @@ def _throughput(output: Output) -> Figure:
             y=rates,
             name=label(worker),
             marker_color=COLOURS[number % len(COLOURS)],
-            hovertemplate="until %{x:.4g} s<br>%{y:.4s}B/s<extra></extra>",
+            hovertemplate="until %{x:.6g} s<br>%{y:,.0f} B/s<extra></extra>",
         )
         for number, (worker, rates) in enumerate(found.rates.items())
     ]
@@ -216,7 +216,7 @@ def comparison_of(outputs: Sequence[Output]) -> Iterator[Figure]:
             mode="lines+markers",
             line={"color": COLOURS[0]},
             text=[label(output.name) for output in found],
-            hovertemplate="%{text}<br>alpha %{x:.6g}<br>%{y:.6g}<extra></extra>",
+            hovertemplate="%{text}<br>alpha %{x:.12g}<br>%{y:.12g}<extra></extra>",
         )
         figure = _figure([dots], x="alpha asked for")
         if name == "realised":

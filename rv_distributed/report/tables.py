@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -157,7 +158,7 @@ def comparison_table(outputs: Sequence[Output]) -> Table:
 
 def number(value: float | None) -> str:
     """Four digits; a dash where there is nothing."""
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def share(value: float | None) -> str:

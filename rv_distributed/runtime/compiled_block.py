@@ -15,7 +15,12 @@ class CompiledBlock:
     """As `Block`."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        self._combiner = CompiledCombiner(outputs=len(config.outputs), stats=config.stats, arithmetic=config.arithmetic)
+        self._combiner = CompiledCombiner(
+            outputs=len(config.outputs),
+            weighted=config.weighted,
+            stats=config.stats,
+            arithmetic=config.arithmetic,
+        )
 
     def __call__(
         self,

@@ -29,6 +29,7 @@ class TorchBlock:
             block_elements=block_bytes // min(dtype.itemsize for dtype in TORCH_DTYPES.values()),
             outputs=len(config.outputs),
             device=self._device,
+            weighted=config.weighted,
             stats=config.stats,
             arithmetic=config.arithmetic,
         )
