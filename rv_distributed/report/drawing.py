@@ -43,6 +43,8 @@ def frame(traces: Sequence[Any], *, x: str = "", y: str = "", height: int = 320,
         # Above the figure, where it cannot cover the axis however many lines it takes on a phone.
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         dragmode=False,
+        # Of any length: plotly would cut the names of workers.
+        hoverlabel={"namelength": -1},
     )
     figure.update_xaxes(title_text=x, automargin=True, fixedrange=True)
     figure.update_yaxes(title_text=y, automargin=True, fixedrange=True)

@@ -159,7 +159,7 @@ def _speed(output: Output) -> tuple[str, go.Figure]:
             # Each lies over its own span, which ends at x.
             width=width,
             offset=-width,
-            name=label(worker),
+            name=label(shortened(worker, 60)),
             marker_color=COLOURS[number % len(COLOURS)],
             hovertemplate="until %{x:.4g} s<br>%{y:.4s}B/s",
         )
