@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ import rv_distributed as rv
 from rv_distributed.checkpoint.pieces import PieceRow
 from rv_distributed.errors import InputError
 from rv_distributed.report import report
+from rv_distributed.report.page import _embedded
 from rv_distributed.report.reading import names_of, read_output
 
 NAMES = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(3)]
@@ -109,7 +111,7 @@ def test_a_manifest_without_the_options_of_ours_is_refused(out: Path, tmp_path: 
 
 
 def test_numbers_that_are_none_are_dashes_and_not_zeros(out: Path, tmp_path: Path) -> None:
-    odd = {"v_norm": 1e200, "t_norm": math.inf, "realised_alpha": math.nan, "relative_error": 1e200}
+    odd: dict[str, Any] = {"v_norm": 1e200, "t_norm": math.inf, "realised_alpha": math.nan, "relative_error": 1e200}
     rows = [row._replace(**odd) if row.name == NAMES[1] else row for row in rows_of(out)]
     text = report([str(altered(out, tmp_path / "out", rows=rows))], "md")
     (layer,) = [line for line in text.splitlines() if line.startswith("| 1 |")][:1]
@@ -170,3 +172,11 @@ def test_pages_stay_small_and_soon_made(out: Path, tmp_path: Path, names: list[s
     assert told in page
     assert "By worker: 20 of 2,048" in page
     assert len(report([str(place)], "md")) < 200_000
+
+
+def test_nothing_in_a_figure_can_end_its_script() -> None:
+    """Though labels are escaped before they come there."""
+    document = {"</script><!--": ["&lt;", "<script>", "\u2028"]}
+    text = _embedded(document)
+    assert not set("<&\u2028") & set(text)
+    assert json.loads(text) == document
