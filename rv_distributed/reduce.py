@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
     """The versions that an output's bytes may depend on."""
     from importlib import metadata
 
-    packages = ("rv-distributed", "torch", "safetensors", "pyarrow", "blake3")
+    packages = ("rv-distributed", "torch", "numba", "llvmlite", "numpy", "safetensors", "pyarrow", "blake3")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 

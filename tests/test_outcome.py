@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,24 @@ def test_of_several_vectors_it_is_their_sum_that_was_realised(models: Path, tmp_
     assert totals["alpha"] == 1
     assert f"the vectors' weighted sum, of alpha 1, realised as {totals['realised_alpha']:.4g}" in done.stdout
     assert totals["realised_alpha"] == pytest.approx(1, rel=0.01)
+
+
+def test_a_vector_of_alpha_0_beside_another_changes_nothing_that_is_said(models: Path, tmp_path: Path) -> None:
+    pair = ("--donor", models / "donor", "--reference", models / "reference")
+    run_rv("extract", *pair, "--out", tmp_path / "v0")
+    shutil.copytree(tmp_path / "v0", tmp_path / "v2")
+    vectors = ("--vector", f"{tmp_path / 'v0'}=0.5", "--vector", f"{tmp_path / 'v2'}=0")
+    done = run_rv("apply", "--target", models / "target", *vectors, "--out", tmp_path / "out", "--dtype", "float32")
+    totals = json.loads((tmp_path / "out" / "rv_manifest.json").read_bytes())["totals"]
+    assert done.status == 0, done.stderr
+    assert done.stderr.count("warning") == 0
+    assert (totals["alpha"], totals["realised_alpha"]) == (1, pytest.approx(1, rel=1e-4))
+    alone = run_rv(
+        "apply", "--target", models / "target", "--vector", f"{tmp_path / 'v0'}=0.5", "--out", tmp_path / "one"
+    )
+    assert alone.status == 0
+    one = json.loads((tmp_path / "one" / "rv_manifest.json").read_bytes())["totals"]
+    assert totals["v_norm"] == pytest.approx(0.5 * one["v_norm"], rel=1e-6)
 
 
 def test_statistics_of_another_kind_are_another_run(models: Path, tmp_path: Path) -> None:

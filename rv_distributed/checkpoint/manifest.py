@@ -79,7 +79,7 @@ class Totals:
     v_norm: float | None
     """‖v‖₂ over the computed tensors; None when it is not finite, as for the next two."""
     t_norm: float | None
-    """‖t‖₂ over the computed tensors; 0 for a vector."""
+    """‖t‖₂ over the computed tensors; None for a vector."""
     v_max: float | None
     """max |v|."""
     cosine: float | None

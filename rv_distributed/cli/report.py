@@ -58,5 +58,7 @@ def _check_place(path: str, outs: list[str], *, overwrite: bool) -> None:
         raise UsageError(f"--out {path} lies in another output, {folder}. Name another place.")
     if not os.path.isdir(folder):
         raise UsageError(f"--out {path}: there is no folder {folder}")
+    if os.path.isdir(path):
+        raise UsageError(f"--out {path} is a folder; give a file")
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path} already exists. Give another --out, or --overwrite to replace it.")

@@ -24,7 +24,10 @@ TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torc
 
 
 class Combiner:
-    """Scratch space for one thread on one device, and the arithmetic over it."""
+    """Scratch space for one thread on one device, and the arithmetic over it.
+
+    ``weighted`` says what is measured as ``v``: the weighted sum of the vectors, or the one vector that there is.
+    """
 
     def __init__(
         self,
@@ -32,11 +35,13 @@ class Combiner:
         block_elements: int,
         outputs: int,
         device: torch.device,
+        weighted: bool,
         stats: Stats,
         arithmetic: Arithmetic,
     ) -> None:
         self.block_elements = block_elements
         self._stats = stats
+        self._weighted = weighted
         self._rounder = Rounder(arithmetic, block_elements=block_elements, device=device)
         dtype = _COMPUTE_DTYPES[arithmetic.compute_dtype]
         # For t, two operands and a product, and for each output its sum and its vector.
@@ -63,20 +68,19 @@ class Combiner:
         for_t, d, _, product, *rest = self._cut_scratch(target)
         accs, sums = rest[: len(outs)], rest[len(outs) : 2 * len(outs)]
         t = _widened(target, for_t)
-        several = len(vectors) > 1
         started = [False] * len(outs)
         for index, (plus, minus) in enumerate(vectors):
             d = self.difference(plus, minus)
             for number, row in enumerate(alphas):
                 alpha, acc, v = row[index], accs[number], sums[number]
-                if index == 0 and several:
+                if index == 0 and self._weighted:
                     v.zero_()
                 if alpha == 0.0:
                     continue
                 # At α = 1 the product would be d itself.
                 weighted = d if alpha == 1.0 else torch.mul(d, alpha, out=product)
                 torch.add(acc if started[number] else t, weighted, out=acc)
-                if several:
+                if self._weighted:
                     v.add_(weighted)
                 started[number] = True
         for out, acc, used in zip(outs, accs, started, strict=True):
@@ -86,9 +90,9 @@ class Combiner:
                 out.copy_(target)
         if not vectors:
             return [measure(out, target, t, t, 1.0, "none") for out in outs]
-        scales = [1.0 if several else row[0] for row in alphas]
+        scales = [1.0 if self._weighted else row[0] for row in alphas]
         return [
-            measure(out, target, t, v if several else d, alpha, self._stats)
+            measure(out, target, t, v if self._weighted else d, alpha, self._stats)
             for out, v, alpha in zip(outs, sums, scales, strict=True)
         ]
 

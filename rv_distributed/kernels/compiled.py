@@ -28,11 +28,15 @@ class RawOperand(NamedTuple):
 
 
 class CompiledCombiner:
-    """Scratch space of one thread, and the arithmetic of `rv_distributed.kernels.strips` over it."""
+    """Scratch space of one thread, and the arithmetic of `rv_distributed.kernels.strips` over it.
 
-    def __init__(self, *, outputs: int, stats: Stats, arithmetic: Arithmetic) -> None:
+    ``weighted`` as of `Combiner`.
+    """
+
+    def __init__(self, *, outputs: int, weighted: bool, stats: Stats, arithmetic: Arithmetic) -> None:
         self._level = _LEVELS[stats]
         self._arithmetic = arithmetic
+        self._weighted = weighted
         self._scratch = np.empty((4 + 2 * outputs, strips.STRIP), np.float32)
         self._spare = np.empty((3, 4 * strips.STRIP), np.uint8)
         self._steps = np.empty(strips.STRIP, np.int16)
@@ -44,6 +48,7 @@ class CompiledCombiner:
         vectors: Sequence[tuple[RawOperand, RawOperand | None]],
         alphas: Sequence[Sequence[float]],
         outs: Bytes,
+        at: int,
         dtype: str,
         *,
         name: str,
@@ -52,8 +57,9 @@ class CompiledCombiner:
     ) -> list[Measures]:
         """Fill every row of ``outs`` with ``target + Σ αₖ·vₖ``, or with the vector if there is no target.
 
-        They are ``count`` elements of ``dtype`` from element ``first`` of the tensor ``name``, and nothing behind them;
-        ``alphas`` has a row for each. Returns the measures of each. Bits and measures are those of `Combiner`.
+        They are ``count`` elements of ``dtype``, from byte ``at`` on, which is a multiple of its size, and from
+        element ``first`` of the tensor ``name``; ``alphas`` has a row for each, and ``outs`` is contiguous. Returns the
+        measures of each. Bits and measures are those of `Combiner`.
         """
         sums = np.zeros((len(outs), strips.SUMS))
         counts = np.zeros((len(outs), strips.COUNTS), np.int64)
@@ -63,10 +69,12 @@ class CompiledCombiner:
             np.array([_numbers(plus) + _numbers(minus) for plus, minus in vectors], np.int64).reshape(-1, 4),
             np.array(alphas, np.float32).reshape(len(outs), -1),
             outs,
+            at,
             strips.CODES[dtype],
             first,
             count,
             self._keys(name if target else f"vector of {name}", first, dtype),
+            self._weighted,
             self._level,
             self._scratch,
             self._spare,
@@ -74,7 +82,7 @@ class CompiledCombiner:
             sums,
             counts,
         )
-        scales = [row[0] if len(row) == 1 else 1.0 for row in alphas] if target else [1.0]
+        scales = [row[0] if row and target and not self._weighted else 1.0 for row in alphas]
         return [_measures(*of) for of in zip(sums, counts, scales, strict=True)]
 
     def _keys(self, name: str, first: int, dtype: str) -> npt.NDArray[np.uint32]:

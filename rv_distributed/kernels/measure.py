@@ -11,11 +11,22 @@ from torch import Tensor
 from rv_distributed.measures import ULPS_FROM, Measures
 from rv_distributed.recipe import Stats
 
+#: Temporaries are made for this many elements at a time on a processor, to keep them few and in the caches.
+_SLICE: Final = 1 << 16
 _BITS: Final = {2: torch.int16, 4: torch.int32}
 
 
 def measure(out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats) -> Measures:
     """The measures of ``out``, which was to be ``t + alpha·v``; ``t`` is ``target`` in the dtype of the arithmetic."""
+    total = Measures()
+    size = out.numel() if out.is_cuda else _SLICE
+    for start in range(0, out.numel(), size):
+        part = slice(start, start + size)
+        total = total.plus(_measure(out[part], target[part], t[part], v[part], alpha, stats).moved(start))
+    return total
+
+
+def _measure(out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats) -> Measures:
     finite = torch.isfinite(out)
     found = Measures() if bool(finite.all()) else _nonfinite(out, ~finite, t, v)
     if stats == "none":

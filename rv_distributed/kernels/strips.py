@@ -401,10 +401,12 @@ def _combine(
     vectors: Array,
     alphas: Array,
     outs: Array,
+    at: int,
     code: int,
     first_element: int,
     count: int,
     keys: Array,
+    weighted: bool,
     level: int,
     scratch: Array,
     spare: Array,
@@ -417,13 +419,13 @@ def _combine(
     ``arena`` (bytes) holds the operands: the target at ``target_at``, or none if ``target_code`` is `NO_TENSOR`: then
     there is one vector and one output, and the output is the vector. ``vectors`` (int64) has a row ``at, code, at,
     code`` for plus and minus of each vector; a minus of the code `NO_TENSOR` is none. ``alphas`` (float32) has a row an
-    output and a column a vector, ``outs`` (bytes) a row an output, of exactly ``count`` elements of the dtype
-    ``code``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest. The measures are
+    output and a column a vector, ``outs`` (bytes, contiguous) a row an output, which gets elements of dtype ``code``
+    from byte ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest.
+    ``weighted`` says what is measured as v: the weighted sum of the vectors, or the one that there is. The measures are
     added to ``sums`` (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 4 rows and
     two for each output, ``spare`` (bytes) has 3 and ``steps`` (int16) is one, all of at least `STRIP` elements.
     """
     width = _WIDTHS[code]
-    several = vectors.shape[0] > 1
     for first in range(0, count, STRIP):
         n = min(STRIP, count - first)
         t, d, other, o = scratch[0, :n], scratch[1, :n], scratch[2, :n], scratch[3, :n]
@@ -444,6 +446,7 @@ def _combine(
             _fill(d, 0)
             for k in range(outs.shape[0]):
                 _copy(t, scratch[4 + 2 * k, :n])
+                _fill(scratch[5 + 2 * k, :n], 0)
         for number in range(vectors.shape[0]):
             size = _WIDTHS[vectors[number, 1]]
             _widen(_aligned(arena, vectors[number, 0] + first * size, n, size, spare[2]), vectors[number, 1], d)
@@ -453,16 +456,16 @@ def _combine(
                 _subtract(d, other)
             for k in range(outs.shape[0]):
                 acc, v, alpha = scratch[4 + 2 * k, :n], scratch[5 + 2 * k, :n], alphas[k, number]
-                if several and number == 0:
+                if weighted and number == 0:
                     _fill(v, 0)
                 if alpha != 0:
                     _scale_and_add(t if number == 0 else acc, d, alpha, acc)
-                    if several:
+                    if weighted:
                         _scale_and_add(v, d, alpha, v)
                 elif number == 0:
                     _copy(t, acc)
         for k in range(outs.shape[0]):
-            out = outs[k, first * width : (first + n) * width]
+            out = outs[k, at + first * width : at + (first + n) * width]
             acc = d if target_code == NO_TENSOR else scratch[4 + 2 * k, :n]
             if target_code == code and not alphas[k].any():
                 _copy(base, out)
@@ -470,8 +473,8 @@ def _combine(
                 _narrow_by_chance(acc, code, out, first_element + first, keys)
             else:
                 _narrow(acc, code, out)
-            v = scratch[5 + 2 * k, :n] if several else d
-            alpha64 = _DOUBLE(alphas[k, 0]) if vectors.shape[0] == 1 and target_code != NO_TENSOR else 1.0
+            v = scratch[5 + 2 * k, :n] if weighted else d
+            alpha64 = 1.0 if weighted or vectors.shape[0] == 0 else _DOUBLE(alphas[k, 0])
             _measure(level, t, base, v, alpha64, out, code, first, o, steps[:n], sums[k], counts[k])
             if target_code == NO_TENSOR and level != NOTHING:
                 _widen(out, code, o)

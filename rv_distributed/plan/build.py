@@ -37,7 +37,7 @@ class PlanOptions:
     exclude: str | None = None
     """Tensors whose name this regular expression finds do not get the vectors."""
     piece_bytes: int = PIECE_BYTES
-    """Size of the unit of scheduling; a multiple of 1 MiB."""
+    """Size of the unit of scheduling: 1 MiB times a power of two."""
     rounding: Rounding = "nearest"
     """To outputs of 16 bits: nearest (even), or stochastic, whose expectation is the value that is rounded."""
     seed: int = 0
@@ -52,8 +52,9 @@ class PlanOptions:
             raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(sorted(FROM_USER))}")
         if self.max_shard_bytes <= 0:
             raise UsageError("the largest shard must have a positive size")
-        if self.piece_bytes <= 0 or self.piece_bytes % PIECE_ALIGNMENT:
-            raise UsageError(f"pieces must be multiples of 1 MiB, not {self.piece_bytes} bytes")
+        # Then the measures add up to the same sums for every size.
+        if self.piece_bytes < PIECE_ALIGNMENT or self.piece_bytes & (self.piece_bytes - 1):
+            raise UsageError(f"pieces must be of 1 MiB times a power of two, not of {self.piece_bytes} bytes")
         if self.rounding not in get_args(Rounding):
             raise UsageError(f"rounding {self.rounding!r} is not one of {', '.join(get_args(Rounding))}")
         if self.compute_dtype not in get_args(ComputeDType):

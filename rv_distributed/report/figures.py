@@ -161,7 +161,7 @@ def _speed(output: Output) -> tuple[str, go.Figure]:
             offset=-width,
             name=label(shortened(worker, 60)),
             marker_color=COLOURS[number % len(COLOURS)],
-            hovertemplate="until %{x:.4g} s<br>%{y:.4s}B/s",
+            hovertemplate="until %{x:.6g} s<br>%{y:,.0f} B/s",
         )
         for number, (worker, rates) in enumerate(found.rates.items())
     ]

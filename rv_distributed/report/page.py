@@ -50,33 +50,25 @@ tr, h2, figcaption { break-inside: avoid; } h2, figcaption { break-after: avoid;
   td:not(.number) { overflow-wrap: anywhere; } .warning { border: 1px solid; } }
 """
 
-#: Draws the figures in the colours of the page, anew whenever those change or its width does.
+#: Draws the figures in the colours of the page, anew whenever those change, a phone is turned or the page is printed.
 _SCRIPT: Final = """
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
-const plots = Object.keys(figures).map(name => document.getElementById(name));
-function colours() {
+function draw() {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
-  const found = {"font.color": ink, "hoverlabel.font.size": 14};
-  for (const axis of ["xaxis", "yaxis"])
-    Object.assign(found, {[axis + ".gridcolor"]: line, [axis + ".zerolinecolor"]: line, [axis + ".linecolor"]: line});
-  return found;
-}
-function dress() {
-  for (const plot of plots) {
-    const small = plot.clientWidth < 500 ? 10 : 12;
-    Plotly.relayout(plot, {...colours(), "xaxis.tickfont.size": small, "yaxis.tickfont.size": small});
+  for (const [name, {data, layout}] of Object.entries(figures)) {
+    const dressed = structuredClone(layout);
+    dressed.font = {color: ink};
+    const tickfont = {size: document.getElementById(name).clientWidth < 500 ? 10 : 12};
+    for (const axis of [dressed.xaxis, dressed.yaxis])
+      Object.assign(axis, {gridcolor: line, zerolinecolor: line, linecolor: line, tickfont});
+    Plotly.react(name, data, dressed, {responsive: true, displayModeBar: false});
   }
 }
-for (const plot of plots) {
-  const {data, layout} = figures[plot.id];
-  Plotly.newPlot(plot, data, layout, {responsive: true, displayModeBar: false});
-}
-dress();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", dress);
-matchMedia("(max-width: 500px)").addEventListener("change", dress);
-matchMedia("print").addEventListener("change", () => { dress(); for (const plot of plots) Plotly.Plots.resize(plot); });
+draw();
+for (const when of ["(prefers-color-scheme: dark)", "(max-width: 500px)", "print"])
+  matchMedia(when).addEventListener("change", draw);
 """
 
 

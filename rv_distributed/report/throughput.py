@@ -8,7 +8,8 @@ from typing import NamedTuple
 from rv_distributed.checkpoint.pieces import PieceRow
 
 _BINS = 60
-_WORKERS = 12
+#: With all others as one they are as many as there are colours.
+_WORKERS = 5
 
 
 class WorkerShare(NamedTuple):

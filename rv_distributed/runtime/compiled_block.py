@@ -15,13 +15,26 @@ class CompiledBlock:
     """As `Block`."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        self._combiner = CompiledCombiner(outputs=len(config.outputs), stats=config.stats, arithmetic=config.arithmetic)
+        self._combiner = CompiledCombiner(
+            outputs=len(config.outputs),
+            weighted=config.weighted,
+            stats=config.stats,
+            arithmetic=config.arithmetic,
+        )
 
     def __call__(
-        self, span: Span, part: Part, alphas: list[list[float]], arena: Bytes, outs: Bytes, done: int, count: int
+        self,
+        span: Span,
+        part: Part,
+        alphas: list[list[float]],
+        arena: Bytes,
+        outs: Bytes,
+        at: int,
+        done: int,
+        count: int,
     ) -> list[Measures]:
-        def raw(at: int, operand: Operand) -> RawOperand:
-            return RawOperand(at + done * item_bytes(operand.dtype), operand.dtype)
+        def raw(place: int, operand: Operand) -> RawOperand:
+            return RawOperand(place + done * item_bytes(operand.dtype), operand.dtype)
 
         return self._combiner.compute(
             arena,
@@ -32,6 +45,7 @@ class CompiledBlock:
             ],
             alphas,
             outs,
+            at,
             span.dtype,
             name=span.name,
             first=part.first + done,

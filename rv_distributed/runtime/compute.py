@@ -23,9 +23,17 @@ class Block(Protocol):
     """What computes a block, for one thread at a time."""
 
     def __call__(
-        self, span: Span, part: Part, alphas: list[list[float]], arena: Bytes, outs: Bytes, done: int, count: int
+        self,
+        span: Span,
+        part: Part,
+        alphas: list[list[float]],
+        arena: Bytes,
+        outs: Bytes,
+        at: int,
+        done: int,
+        count: int,
     ) -> list[Measures]:
-        """Compute elements ``done`` to ``done + count`` of the part into ``outs``, a row of their bytes an output."""
+        """Compute elements ``done`` to ``done + count`` of the part into every row of ``outs``, from byte ``at``."""
         ...
 
 
@@ -73,10 +81,10 @@ class PartComputer:
         place = part.at - part.skip + done * item
         low, high = max(place, part.at), min(place + count * item, part.at + part.nbytes)
         if low == place and high == place + count * item and place % item == 0:
-            return self._block(span, part, alphas, arena, outs[:, low:high], done, count)
+            return self._block(span, part, alphas, arena, outs, place, done, count)
         # Elements at odd addresses, or some of their bytes are another part's.
         whole = np.empty((len(outs), count * item), np.uint8)
-        measured = self._block(span, part, alphas, arena, whole, done, count)
+        measured = self._block(span, part, alphas, arena, whole, 0, done, count)
         outs[:, low:high] = whole[:, low - place : high - place]
         return measured
 

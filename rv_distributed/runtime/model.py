@@ -38,6 +38,11 @@ class WorkerConfig:
     """What is measured. NaN and infinity are always counted."""
     arithmetic: Arithmetic
 
+    @property
+    def weighted(self) -> bool:
+        """Whether what is measured as v is the weighted sum of the vectors, also where a tensor has but one of them."""
+        return len(self.alphas[0]) > 1
+
 
 class SpanResult(NamedTuple):
     """What became of the part of one tensor that lay in a piece, in one output."""

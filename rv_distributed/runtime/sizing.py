@@ -15,7 +15,7 @@ DEFAULT_BUDGET_BYTES = 512 << 20
 #: Scratch of a stream whose arithmetic is compiled, beside what each output takes.
 _SCRATCH_BYTES: Final = 128 << 10
 #: Of a stream that computes in float64, through torch: temporaries of rounding and measuring, mostly of 8 bytes.
-_TEMPORARY_BYTES: Final = 40 * BLOCK_BYTES
+_TEMPORARY_BYTES: Final = 10 * BLOCK_BYTES
 
 
 class Sizing(NamedTuple):

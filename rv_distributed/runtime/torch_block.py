@@ -29,24 +29,34 @@ class TorchBlock:
             block_elements=block_bytes // min(dtype.itemsize for dtype in TORCH_DTYPES.values()),
             outputs=len(config.outputs),
             device=self._device,
+            weighted=config.weighted,
             stats=config.stats,
             arithmetic=config.arithmetic,
         )
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def __call__(
-        self, span: Span, part: Part, alphas: list[list[float]], arena: Bytes, outs: Bytes, done: int, count: int
+        self,
+        span: Span,
+        part: Part,
+        alphas: list[list[float]],
+        arena: Bytes,
+        outs: Bytes,
+        at: int,
+        done: int,
+        count: int,
     ) -> list[Measures]:
-        def load(at: int, operand: Operand) -> torch.Tensor:
+        def load(place: int, operand: Operand) -> torch.Tensor:
             dtype = TORCH_DTYPES[operand.dtype]
-            start = at + done * dtype.itemsize
+            start = place + done * dtype.itemsize
             raw = torch.from_numpy(arena[start : start + count * dtype.itemsize])
             values = (raw if start % dtype.itemsize == 0 else raw.clone()).view(dtype)
             return values if self._stream is None else values.to(self._device, non_blocking=True)
 
         dtype = TORCH_DTYPES[span.dtype]
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            raws = [torch.from_numpy(out).view(dtype) for out in outs]
+            stop = at + count * dtype.itemsize
+            raws = [torch.from_numpy(out[at:stop]).view(dtype) for out in outs]
             results = raws if self._stream is None else [torch.empty_like(raw, device=self._device) for raw in raws]
             vectors = [
                 (load(plus_at, operand.plus), load(minus_at, operand.minus) if operand.minus else None)

@@ -1,4 +1,4 @@
-"""Runs ``rv`` again and again in processes of their own, without starting Python and importing torch each time.
+"""Runs ``rv`` again and again in processes of their own, without starting Python and loading the kernel each time.
 
 Started by `harness.Zygote` with the fault shim preloaded. Reads a JSON line a run from stdin (``argv``, ``env``, and
 the files for ``stdout`` and ``stderr``), forks a child that does it as ``rv`` would, and answers with JSON lines:
@@ -18,16 +18,18 @@ from typing import Any
 
 # What a run imports on its way.
 import huggingface_hub
+import numpy as np
 import pyarrow.parquet
-import torch
 import yaml
 
 import rv_distributed.cli.run
 import rv_distributed.runtime.local
 from rv_distributed.cli import main, options
+from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.plan import PlanOptions
+from rv_distributed.recipe import Arithmetic
 
-IMPORTED = (huggingface_hub.metadata_load, pyarrow.parquet, torch, yaml, rv_distributed.runtime.local)
+IMPORTED = (huggingface_hub.metadata_load, pyarrow.parquet, yaml, rv_distributed.runtime.local)
 MIB = 1 << 20
 
 
@@ -45,8 +47,15 @@ def child(order: dict[str, Any]) -> None:
     except SystemExit as done:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Without the time that taking torch down takes.
+        # Without the time that taking the interpreter down takes.
         os._exit(int(done.code or 0))
+
+
+def load_kernel() -> None:
+    """Children find it in their memory."""
+    combiner = CompiledCombiner(outputs=1, weighted=False, stats="full", arithmetic=Arithmetic("float32", "nearest", 0))
+    zeros, out, operand = np.zeros(8, np.uint8), np.empty((1, 8), np.uint8), RawOperand(0, "F32")
+    combiner.compute(zeros, operand, [(operand, None)], [[1.0]], out, 0, "F32", name="", first=0, count=2)
 
 
 def small_pieces(self: options.Common) -> PlanOptions:
@@ -57,6 +66,7 @@ plan_options = options.Common.plan_options
 options.Common.plan_options = small_pieces  # type: ignore[method-assign]
 
 if __name__ == "__main__":
+    load_kernel()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

@@ -67,6 +67,7 @@ class ByTorch:
             block_elements=shape[0],
             outputs=len(dtypes),
             device=torch.device("cpu"),
+            weighted=WEIGHTED or len(vectors) > 1,
             stats=stats,
             arithmetic=arithmetic,
         )
@@ -110,13 +111,19 @@ class Compiled:
         # All outputs of one call have one dtype.
         for dtype in dict.fromkeys(dtypes):
             rows = [row for row, other in zip(alphas, dtypes, strict=True) if other == dtype]
-            combiner = CompiledCombiner(outputs=len(rows), stats=stats, arithmetic=arithmetic)
-            outs = np.empty((len(rows), count * ITEM_BYTES[dtype]), np.uint8)
+            combiner = CompiledCombiner(
+                outputs=len(rows), weighted=WEIGHTED or len(vectors) > 1, stats=stats, arithmetic=arithmetic
+            )
+            margin = 4 * ITEM_BYTES[dtype]
+            outs = np.full((len(rows), count * ITEM_BYTES[dtype] + 2 * margin), 77, np.uint8)
             before = bytes(arena)
             view = np.frombuffer(arena, np.uint8)
-            measures += combiner.compute(view, placed, operands, rows, outs, dtype, name="x", first=first, count=count)
+            about = {"first": first, "count": count}
+            measures += combiner.compute(view, placed, operands, rows, outs, margin, dtype, name="x", **about)
             assert bytes(arena) == before, "an input was written to"
-            raws += [Raw(dtype, (count,), out.tobytes()) for out in outs]
+            assert np.all(outs[:, :margin] == 77)
+            assert np.all(outs[:, -margin:] == 77)
+            raws += [Raw(dtype, (count,), out[margin:-margin].tobytes()) for out in outs]
         return raws, measures
 
 
@@ -129,6 +136,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> B
 
 
 KERNEL: ByTorch | Compiled = ByTorch()
+#: Of tensors that get one vector of several.
+WEIGHTED = False
 
 
 def run_combine(
@@ -360,6 +369,15 @@ def test_of_several_vectors_their_weighted_sum_is_measured() -> None:
         for (plus, minus), alpha in zip(vectors, row, strict=True):
             v = v + np.float32(alpha) * difference(plus, minus)
         assert_measured(measures, expected(target, v, 1.0, out))
+
+
+def test_of_one_vector_of_several_its_weighted_self_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "WEIGHTED", True)
+    rng = np.random.default_rng(33)
+    target, plus = weights(rng, "BF16", (5000,)), weights(rng, "BF16", (5000,), 1e-2)
+    outs, measured = run_combine(target, [(plus, None)], [[0.5], [0.0], [-0.3]], ["BF16"] * 3)
+    for out, measures, alpha in zip(outs, measured, (0.5, 0.0, -0.3), strict=True):
+        assert_measured(measures, expected(target, np.float32(alpha) * widen(plus), 1.0, out))
 
 
 def test_a_change_by_one_unit_in_the_last_place_is_one_step_across_zero_and_exponents_too() -> None:

@@ -187,7 +187,9 @@ def test_a_million_roundings_of_one_value_have_its_mean(dtype: str, kind: type[A
 
 
 def combiner(arithmetic: Arithmetic, outputs: int = 1) -> Combiner:
-    return Combiner(block_elements=40_000, outputs=outputs, device=CPU, stats="basic", arithmetic=arithmetic)
+    return Combiner(
+        block_elements=40_000, outputs=outputs, device=CPU, weighted=False, stats="basic", arithmetic=arithmetic
+    )
 
 
 def tensor_of(raw: Raw) -> torch.Tensor:

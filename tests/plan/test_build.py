@@ -265,6 +265,7 @@ def test_tensors_outside_the_vector_are_cast_when_the_dtype_differs() -> None:
         ({"exclude": "["}, "regular expression"),
         ({"piece_bytes": 0}, "1 MiB"),
         ({"piece_bytes": (1 << 20) + 1}, "1 MiB"),
+        ({"piece_bytes": 3 << 20}, "a power of two"),
         ({"rounding": "up"}, "nearest, stochastic"),
         ({"compute_dtype": "bfloat16"}, "float32, float64"),
         ({"seed": 1}, "--rounding stochastic"),

@@ -132,7 +132,7 @@ def assert_headers_say_where_tensors_lie(plan: Plan, max_shard_bytes: int) -> No
 
 
 @settings(deadline=None)
-@given(models, st.integers(1, 4 * MIB), st.integers(1, 3).map(lambda n: n * MIB))
+@given(models, st.integers(1, 4 * MIB), st.sampled_from([MIB, 2 * MIB, 4 * MIB]))
 def test_every_output_byte_lies_in_exactly_one_piece(tensors: Shapes, limit: int, piece_bytes: int) -> None:
     plan = plan_of(tensors, max_shard_bytes=limit, piece_bytes=piece_bytes)
     assert [tensor.name for tensor in plan.tensors] == [*tensors, "anchor"]

@@ -78,6 +78,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def show(browser: Any, path: Path, *, width: int = 1000, dark: bool = False) -> None:
     """Load a page in a window of some width, in light or dark mode, and forget what was logged before."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     mode = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -85,6 +87,8 @@ def show(browser: Any, path: Path, *, width: int = 1000, dark: bool = False) -> 
     for log in ("browser", "performance"):
         browser.get_log(log)
     browser.get(path.as_uri())
+    everything = "return Array.from(document.querySelectorAll('.plot')).every(plot => plot.querySelector('.main-svg'))"
+    WebDriverWait(browser, 30).until(lambda _: browser.execute_script(everything))
 
 
 def drawn(browser: Any, name: str) -> list[dict[str, Any]]:
@@ -181,6 +185,8 @@ def luminance(colour: str) -> float:
 
 
 def test_figures_follow_the_mode_and_stay_readable(browser: Any, page: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
     seen = []
     for dark in (False, True):
         show(browser, page, dark=dark)
@@ -189,6 +195,7 @@ def test_figures_follow_the_mode_and_stay_readable(browser: Any, page: Path) -> 
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
     )
+    WebDriverWait(browser, 30).until(lambda _: ink_and_ground(browser) == seen[0])
     seen.append(ink_and_ground(browser))
     assert seen[2] == seen[0] != seen[1]
     for tick, ground, text in seen:
@@ -198,11 +205,14 @@ def test_figures_follow_the_mode_and_stay_readable(browser: Any, page: Path) -> 
 
 
 def test_it_prints_on_white_paper(browser: Any, page: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
     show(browser, page, dark=True)
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",
         {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]},
     )
+    WebDriverWait(browser, 30).until(lambda _: luminance(ink_and_ground(browser)[0]) < 0.05)
     assert luminance(ink_and_ground(browser)[2]) < 0.05
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     printed = browser.execute_cdp_cmd("Page.printToPDF", {})["data"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,16 +151,21 @@ def of_deepseek() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("make", "told"),
     [
-        (of_deepseek(), "By layer"),
-        ([f"weird{n}.weight" for n in range(91_000)], "Only 80 of 91,000 modules, with the longest vectors, are shown"),
-        ([f"layers.{n}.module{n}.weight" for n in range(20_000)], "By layer: 300 of 20,000"),
-        (["layers." + "9" * 5000 + ".a.weight"], "By module"),
+        pytest.param(of_deepseek, "By layer", marks=pytest.mark.slow),
+        pytest.param(
+            lambda: [f"weird{n}.weight" for n in range(91_000)],
+            "Only 80 of 91,000 modules, with the longest vectors, are shown",
+            marks=pytest.mark.slow,
+        ),
+        (lambda: [f"layers.{n}.module{n}.weight" for n in range(20_000)], "By layer: 300 of 20,000"),
+        (lambda: ["layers." + "9" * 5000 + ".a.weight"], "By module"),
     ],
     ids=["91000 tensors", "91000 modules", "20000 layers", "a layer of 5000 digits"],
 )
-def test_pages_stay_small_and_soon_made(out: Path, tmp_path: Path, names: list[str], told: str) -> None:
+def test_pages_stay_small_and_soon_made(out: Path, tmp_path: Path, make: Callable[[], list[str]], told: str) -> None:
+    names = make()
     row = next(row for row in rows_of(out) if row.rule == "combine")
     pieces = [PieceRow(n, "s", 0, 9, f"node{n % 2048}:1", 1, n / 100, 1.0, 1.0, 1.0, 9, 9) for n in range(20_000)]
     totals = replace(manifest_of(out).totals, tensors=len(names), combined=len(names))
