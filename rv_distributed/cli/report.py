@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import OutputError, RunError, UsageError, one_line
 from rv_distributed.report import Format
@@ -50,7 +51,11 @@ def _check_place(path: str, outs: list[str], *, overwrite: bool) -> None:
     folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
     for out in map(os.path.realpath, outs):
         if os.path.commonpath([folder, out]) == out:
-            raise UsageError(f"--out {path} lies in {out}, where rv verify would find a file too many")
+            raise UsageError(
+                f"--out {path} lies in {out}, where rv verify would find a file too many; name another place"
+            )
+    if os.path.lexists(os.path.join(folder, MANIFEST_FILE)):
+        raise UsageError(f"--out {path} lies in another output, {folder}. Name another place.")
     if not os.path.isdir(folder):
         raise UsageError(f"--out {path}: there is no folder {folder}")
     if os.path.isdir(path):

@@ -15,8 +15,8 @@ Format = Literal["html", "md"]
 def report(outs: Sequence[str], form: Format = "html") -> str:
     """The document, from the manifests and tables of outputs alone.
 
-    Raises InputError where there is no output of ours or they cannot be compared, VerifyError where one's manifest or
-    tables are not what was written.
+    Raises InputError where there is no output of ours, where one's manifest or tables are not what was written, and
+    where they cannot be compared; UsageError when one is given twice.
     """
     outputs = [read_output(out) for out in outs]
     check_comparable(outputs)

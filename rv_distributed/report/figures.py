@@ -1,255 +1,187 @@
-"""The figures of a report, by plotly. Each has a name, a title, a caption and its data; none knows of the page."""
+"""The figures on one output, by plotly. Each has a name, a title, a caption and its data; none knows of the page."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import plotly.graph_objects as go
 
-from rv_distributed.errors import one_line
-from rv_distributed.recipe import show_alpha
-from rv_distributed.report.groups import ULPS_LABELS, Group, finite, group_by, largest_vectors, place_of, ulps_of
+from rv_distributed.report.drawing import COLOURS, Figure, frame, label, line
+from rv_distributed.report.groups import (
+    ULPS_LABELS,
+    Group,
+    by_layer,
+    group_by,
+    largest_vectors,
+    longest,
+    place_of,
+    short_name,
+    shortened,
+    ulps_of,
+)
 from rv_distributed.report.reading import Output
+from rv_distributed.report.reasons import TITLES, absent
 from rv_distributed.report.throughput import throughput
 
-#: Okabe and Ito's colours, which people who are colour-blind tell apart, and which show on white and on black.
-COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-
-
-class Figure(NamedTuple):
-    """One figure, or the reason why there is none."""
-
-    name: str
-    title: str
-    caption: str
-    """What to look for."""
-    figure: go.Figure | None
-    why_not: str = ""
-
-
-def label(text: str) -> str:
-    """A name from a file for plotly, which takes some HTML in its texts."""
-    return html.escape(one_line(text))
+#: More than any model has that people train, so that names that are no model's cannot make a page of any size.
+MOST_MODULES: Final = 80
+MOST_LAYERS: Final = 300
 
 
 def figures_of(output: Output) -> Iterator[Figure]:
     """All figures of one output."""
-    yield _heat_map(output)
-    yield _by_layer(
-        output,
-        "realised",
-        "Realised alpha by layer",
-        "Rounding makes small vectors smaller or larger. On the dashed line alpha is what was asked for.",
-        lambda group: group.realised_alpha,
-        asked=True,
-    )
-    yield _ulps(output)
-    yield _by_layer(
-        output,
-        "absorbed",
-        "Lost in rounding, by layer",
-        "The share of the vector's elements that left the output as the target was. These changes are gone.",
-        lambda group: group.absorbed_fraction,
-    )
-    yield _largest(output)
-    yield _throughput(output)
+    reasons = absent(output)
+    for name, title in TITLES.items():
+        if name in reasons:
+            yield Figure(name, title, "", None, reasons[name])
+        else:
+            caption, figure = _DRAWN[name](output)
+            yield Figure(name, title, caption, figure)
 
 
-def _heat_map(output: Output) -> Figure:
-    title, caption = "‖v‖ / ‖t‖ by layer and module", "Where the vector is large beside the weights it is added to."
-    groups = group_by(output.rows, lambda row: place_of(row.name))
-    if not any(group.v_t_ratio is not None for group in groups.values()):
-        return Figure("heat", title, caption, None, _why_not(output, needs_target=True))
-    layers = sorted({place.layer for place in groups if place.layer is not None})
-    columns: list[int | None] = [None] * any(place.layer is None for place in groups) + list(layers)
-    modules = list(dict.fromkeys(place.module for place in groups))
+def _heat_map(output: Output) -> tuple[str, go.Figure]:
+    places = {row.name: place_of(row.name) for row in output.rows}
+    every = group_by(output.rows, lambda row: places[row.name].module)
+    modules = longest(every, MOST_MODULES)
+    shown = set(modules)
+    groups = group_by(
+        (row for row in output.rows if places[row.name].module in shown),
+        lambda row: (places[row.name].layer, places[row.name].module),
+    )
+    layers = sorted({layer for layer, _ in groups if layer is not None})
+    columns: list[int | None] = [None] * any(layer is None for layer, _ in groups) + list(layers[:MOST_LAYERS])
     values = [
-        [group.v_t_ratio if (group := groups.get((column, module))) else None for column in columns]  # type: ignore[call-overload]
+        [group.v_t_ratio if (group := groups.get((column, module))) else None for column in columns]
         for module in modules
     ]
+    names = [label(module) for module in modules]
     heat = go.Heatmap(
         x=["–" if column is None else str(column) for column in columns],
-        y=[label(module) for module in modules],
+        y=names,
         z=values,
+        # The number as it is, for the tooltip; plotly's own are rounded.
+        customdata=[[[name, value] for value in row] for name, row in zip(names, values, strict=True)],
         colorscale="Cividis",
-        hovertemplate="%{y}<br>layer %{x}<br>‖v‖/‖t‖ %{z:.12g}<extra></extra>",
+        hovertemplate="%{customdata[0]}<br>layer %{x}<br>‖v‖/‖t‖ %{customdata[1]}<extra></extra>",
         hoverongaps=False,
-        colorbar={"thickness": 10, "tickformat": ".2g", "orientation": "h", "y": 1.0, "yanchor": "bottom", "len": 0.9},
+        xgap=0.5,
+        ygap=0.5,
+        colorbar={
+            "thickness": 10,
+            "tickformat": ".2g",
+            "nticks": 5,
+            "orientation": "h",
+            "y": 1.0,
+            "yanchor": "bottom",
+            "len": 0.9,
+        },
     )
-    figure = _figure([heat], x="layer (–: in none)", height=190 + 22 * len(modules))
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(type="category", autorange="reversed")
-    return Figure("heat", title, caption, figure)
+    figure = frame([heat], x="layer (–: in none)", height=190 + 22 * len(modules))
+    figure.update_xaxes(type="category", showgrid=False)
+    short = [label(shortened(module)) for module in modules]
+    figure.update_yaxes(type="category", autorange="reversed", tickvals=names, ticktext=short, showgrid=False)
+    caption = "Where the vector is large beside the weights it is added to. Brighter is larger; empty is not computed."
+    caption += _of_all(len(modules), len(every), "modules, with the longest vectors,")
+    return caption + _of_all(len(layers[:MOST_LAYERS]), len(layers), "layers"), figure
 
 
-def _by_layer(
-    output: Output,
-    name: str,
-    title: str,
-    caption: str,
-    value: Callable[[Group], float | None],
-    *,
-    asked: bool = False,
-) -> Figure:
-    groups = group_by(output.rows, lambda row: place_of(row.name).layer)
-    layers = sorted(layer for layer in groups if layer is not None)
-    found = [value(groups[layer]) for layer in layers]
-    if not any(one is not None for one in found) or (asked and output.manifest.totals.realised_alpha is None):
-        return Figure(name, title, caption, None, "No layer has it." if not layers else _why_not(output))
-    line = go.Scatter(
-        x=layers,
-        y=found,
-        mode="lines+markers",
-        line={"color": COLOURS[0]},
-        hovertemplate="layer %{x}<br>%{y:.12g}<extra></extra>",
-    )
-    figure = _figure([line], x="layer")
-    if asked:
-        figure.add_hline(y=output.manifest.totals.alpha, line_dash="dash", line_color=COLOURS[5])
-    else:
-        figure.update_yaxes(tickformat=".3~%", rangemode="tozero")
-    return Figure(name, title, caption, figure)
+def _lines(output: Output, value: Callable[[Group], float | None], what: str, form: str) -> tuple[str, go.Figure]:
+    """A line for each stack of layers, and what to say of the layers that are left out."""
+    groups, _ = by_layer(output.rows)
+    shown = list(groups)[:MOST_LAYERS]
+    stacks = list(dict.fromkeys(layer.stack for layer in shown))
+    traces = []
+    for number, stack in enumerate(stacks):
+        own = [layer for layer in shown if layer.stack == stack]
+        names = [f"{label(stack)} layer {layer.number}: {what}".strip() for layer in own]
+        numbers, values = [layer.number for layer in own], [value(groups[layer]) for layer in own]
+        traces.append(line(numbers, values, names, number, label(shortened(stack)) or "language model"))
+    figure = frame(traces, x="layer", legend=1 < len(stacks) <= 8)
+    figure.update_yaxes(tickformat=form)
+    return _of_all(len(shown), len(groups), "layers"), figure
 
 
-def _ulps(output: Output) -> Figure:
-    title = "Changes in units in the last place"
-    caption = "Most changes of a trained vector are of one such unit: the next number that the dtype can hold."
-    counts = ulps_of(output.rows)
-    if not counts:
-        return Figure("ulps", title, caption, None, _why_not(output, needs_target=True, full=True))
+def _realised(output: Output) -> tuple[str, go.Figure]:
+    more, figure = _lines(output, lambda group: group.realised_alpha, "realised alpha", "")
+    figure.add_hline(y=output.manifest.totals.alpha, line_dash="dash", line_color=COLOURS[5])
+    caption = "The dashed line is the alpha asked for; a layer below it got less of the vector, one above it more."
+    return caption + more, figure
+
+
+def _absorbed(output: Output) -> tuple[str, go.Figure]:
+    more, figure = _lines(output, lambda group: group.absorbed_fraction, "lost in rounding", ".3~%")
+    figure.update_yaxes(rangemode="tozero")
+    caption = "The share of the vector's elements that left the output as the target was. These changes are gone."
+    return caption + more, figure
+
+
+def _ulps(output: Output) -> tuple[str, go.Figure]:
     bars = go.Bar(
         x=list(ULPS_LABELS),
-        y=counts,
+        y=ulps_of(output.rows),
         marker_color=COLOURS[0],
         hovertemplate="%{x} units<br>%{y:,} elements<extra></extra>",
     )
-    figure = _figure([bars], x="units in the last place", y="elements")
+    figure = frame([bars], x="units in the last place", y="elements")
     figure.update_xaxes(type="category")
-    return Figure("ulps", title, caption, figure)
+    caption = (
+        "One unit is the step to the next number the dtype holds. Where most are 1, rounding decides what is kept."
+    )
+    return caption, figure
 
 
-def _largest(output: Output) -> Figure:
-    title, caption = "The longest vectors", "The tensors that carry most of the vector, by ‖v‖."
+def _largest(output: Output) -> tuple[str, go.Figure]:
     rows = largest_vectors(output.rows)
-    if not rows:
-        return Figure("largest", title, caption, None, _why_not(output))
+    names = [label(row.name) for row in rows]
     bars = go.Bar(
         x=[row.v_norm for row in rows],
-        y=[label(row.name) for row in rows],
+        y=names,
+        customdata=[[name, row.v_norm] for name, row in zip(names, rows, strict=True)],
         orientation="h",
         marker_color=COLOURS[0],
-        hovertemplate="%{y}<br>‖v‖ %{x:.12g}<extra></extra>",
+        hovertemplate="%{customdata[0]}<br>‖v‖ %{customdata[1]}<extra></extra>",
     )
-    figure = _figure([bars], x="‖v‖", height=120 + 20 * len(rows))
-    figure.update_yaxes(type="category", autorange="reversed")
-    return Figure("largest", title, caption, figure)
+    figure = frame([bars], x="‖v‖", height=120 + 20 * len(rows))
+    short = [label(short_name(row.name)) for row in rows]
+    figure.update_yaxes(type="category", autorange="reversed", tickvals=names, ticktext=short)
+    figure.update_xaxes(nticks=6)
+    return "The tensors that carry most of the vector, by ‖v‖. One far ahead of the others deserves a look.", figure
 
 
-def _throughput(output: Output) -> Figure:
-    title, caption = (
-        "Bytes written a second",
-        "By worker, over the run. Where it falls, the storage or a worker was slow.",
-    )
+def _speed(output: Output) -> tuple[str, go.Figure]:
     found = throughput(output.pieces)
-    if not found.ends_s:
-        return Figure("speed", title, caption, None, "All pieces were kept from an earlier run.")
+    width = found.ends_s[0]
     bars = [
         go.Bar(
             x=found.ends_s,
             y=rates,
-            name=label(worker),
+            # Each lies over its own span, which ends at x.
+            width=width,
+            offset=-width,
+            name=label(shortened(worker, 60)),
             marker_color=COLOURS[number % len(COLOURS)],
-            hovertemplate="until %{x:.6g} s<br>%{y:,.0f} B/s<extra></extra>",
+            hovertemplate="until %{x:.6g} s<br>%{y:,.0f} B/s",
         )
         for number, (worker, rates) in enumerate(found.rates.items())
     ]
-    figure = _figure(bars, x="seconds", y="B/s")
-    figure.update_layout(barmode="stack", showlegend=1 < len(bars) <= 16, legend={"orientation": "h", "y": -0.3})
-    figure.update_yaxes(tickformat=".2s")
-    return Figure("speed", title, caption, figure)
+    figure = frame(bars, x="seconds from the start of the run", y="B/s", legend=1 < len(bars) <= 16)
+    figure.update_layout(barmode="stack")
+    figure.update_xaxes(range=[0, found.ends_s[-1]])
+    figure.update_yaxes(tickformat=".2s", rangemode="tozero")
+    caption = "Pieces count when they are finished. Where it falls, the storage or a worker was slow."
+    return caption, figure
 
 
-def comparison_of(outputs: Sequence[Output]) -> Iterator[Figure]:
-    """The figures of a sweep: each a value of every output over its alpha."""
-    found = sorted(outputs, key=lambda output: output.manifest.totals.alpha)
-    alphas = [output.manifest.totals.alpha for output in found]
-    totals = [output.manifest.totals for output in found]
-    values: list[tuple[str, str, str, list[float | None], str]] = [
-        (
-            "realised",
-            "Realised alpha",
-            "On the dashed line it is what was asked for.",
-            [t.realised_alpha for t in totals],
-            "",
-        ),
-        (
-            "absorbed",
-            "Lost in rounding",
-            "The share of the vector's elements that left the output as the target was.",
-            [t.absorbed_elements / t.nonzero_elements if t.nonzero_elements else None for t in totals],
-            ".3~%",
-        ),
-        (
-            "error",
-            "Relative error ‖(o − t) − αv‖ / ‖αv‖",
-            "How far the change is from the one that was asked for.",
-            [t.relative_error for t in totals],
-            "",
-        ),
-        (
-            "changed",
-            "Elements changed",
-            "The share of all parameters that differ from the target's.",
-            [t.changed_elements / max(1, t.parameters) for t in totals],
-            ".3~%",
-        ),
-    ]
-    for name, title, caption, y, form in values:
-        if not any(finite(value) is not None for value in y):
-            yield Figure(name, title, caption, None, "Not measured: it takes --stats full.")
-            continue
-        dots = go.Scatter(
-            x=alphas,
-            y=[finite(value) for value in y],
-            mode="lines+markers",
-            line={"color": COLOURS[0]},
-            text=[label(output.name) for output in found],
-            hovertemplate="%{text}<br>alpha %{x:.12g}<br>%{y:.12g}<extra></extra>",
-        )
-        figure = _figure([dots], x="alpha asked for")
-        if name == "realised":
-            ends = [min(alphas), max(alphas)]
-            dashed = {"dash": "dash", "color": COLOURS[5]}
-            figure.add_trace(go.Scatter(x=ends, y=ends, mode="lines", line=dashed, hoverinfo="skip"))
-        figure.update_yaxes(tickformat=form)
-        yield Figure(name, title, caption, figure)
+def _of_all(shown: int, every: int, what: str) -> str:
+    return f" Only {shown} of {every:,} {what} are shown." if shown < every else ""
 
 
-def _figure(traces: Sequence[Any], *, x: str = "", y: str = "", height: int = 320) -> go.Figure:
-    """A figure without colours of its own for text and ground: the page gives it those of its mode."""
-    figure = go.Figure(data=list(traces))
-    figure.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 10, "r": 10, "t": 10, "b": 10},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=False,
-        dragmode=False,
-    )
-    figure.update_xaxes(title_text=x, automargin=True, fixedrange=True)
-    figure.update_yaxes(title_text=y, automargin=True, fixedrange=True)
-    return figure
-
-
-def _why_not(output: Output, *, needs_target: bool = False, full: bool = False) -> str:
-    stats = output.manifest.options["stats"]
-    if needs_target and output.manifest.operation == "extract":
-        return "A vector has no target to be compared with."
-    if stats == "none" or (stats == "basic" and full):
-        return f"Not measured: the output was made with --stats {stats}."
-    if stats == "basic":
-        return "Not measured: it takes --stats full."
-    return f"Nothing finite was measured: no tensor was computed with alpha {show_alpha(output.manifest.totals.alpha)}."
+_DRAWN: Final[dict[str, Callable[[Output], tuple[str, Any]]]] = {
+    "heat": _heat_map,
+    "realised": _realised,
+    "ulps": _ulps,
+    "absorbed": _absorbed,
+    "largest": _largest,
+    "speed": _speed,
+}

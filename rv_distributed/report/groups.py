@@ -11,9 +11,10 @@ from typing import Final, NamedTuple, TypeVar
 from rv_distributed.checkpoint.table import TensorRow
 from rv_distributed.results import ratio
 
-_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)$")
+# Digits of ASCII, and few of them: names are anybody's, and int() is slow on long ones, or refuses them.
+_LAYER: Final = re.compile(r"(?:(.*?)\.)?(?:layers|layer|blocks|block|h)\.([0-9]{1,6})\.(.+)", re.DOTALL)
 _EXPERT: Final = re.compile(r"\bexperts\.\d+\.")
-_LEADING: Final = re.compile(r"^(?:model|transformer|language_model)\.")
+_LEADING: Final = re.compile(r"^(?:(?:model|transformer|language_model|backbone|gpt_neox)\.)+")
 _TRAILING: Final = re.compile(r"\.weight$")
 
 #: Of the entries of `TensorRow.ulps`.
@@ -26,13 +27,36 @@ class Place(NamedTuple):
     layer: int | None
     module: str
     """Its name without the layer; all experts of a layer are one module."""
+    stack: str = ""
+    """What the layer is one of, where that is not the language model: encoder, decoder, visual. Begins the module."""
 
 
 def place_of(name: str) -> Place:
     """``model.layers.12.mlp.up_proj.weight`` lies in layer 12, in mlp.up_proj."""
-    found = _LAYER.search(name)
-    module = found[2] if found else _LEADING.sub("", name)
-    return Place(int(found[1]) if found else None, _TRAILING.sub("", _EXPERT.sub("experts.*.", module)))
+    found = _LAYER.fullmatch(name)
+    if not found:
+        return Place(None, _module(_LEADING.sub("", name)))
+    stack = _LEADING.sub("", f"{found[1] or ''}.").strip(".")
+    return Place(int(found[2]), _module(f"{stack}.{found[3]}" if stack else found[3]), stack)
+
+
+def _module(name: str) -> str:
+    return _TRAILING.sub("", _EXPERT.sub("experts.*.", name))
+
+
+def short_name(name: str, most: int = 28) -> str:
+    """A tensor's name for where there is little room: without what all have, and without its middle."""
+    found = _LAYER.fullmatch(name)
+    short = name
+    if found:
+        stack = _LEADING.sub("", f"{found[1] or ''}.").strip(".")
+        short = ".".join(filter(None, (stack, found[2], found[3])))
+    return shortened(_TRAILING.sub("", _LEADING.sub("", short)), most)
+
+
+def shortened(text: str, most: int = 28) -> str:
+    """``text`` without its middle, where it is longer."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
 
 
 @dataclass(slots=True)
@@ -51,12 +75,15 @@ class Group:
 
     def add(self, row: TensorRow) -> None:
         """``row`` is of a tensor that was measured."""
-        v_sq = (row.v_norm or 0.0) ** 2
-        intended_sq = v_sq * (row.alpha or 0.0) ** 2
+        v_sq = _square(row.v_norm)
+        intended_sq = v_sq * _square(row.alpha)
         self.v_sq += v_sq
-        self.t_sq += (row.t_norm or 0.0) ** 2
-        self.moved_v += (row.realised_alpha or 0.0) * v_sq
-        self.error_sq += (row.relative_error or 0.0) ** 2 * intended_sq
+        self.t_sq += _square(row.t_norm)
+        # What was not measured is not 0, unless it has no weight.
+        if v_sq:
+            self.moved_v += (math.nan if row.realised_alpha is None else row.realised_alpha) * v_sq
+        if intended_sq:
+            self.error_sq += (math.nan if row.relative_error is None else _square(row.relative_error)) * intended_sq
         self.intended_sq += intended_sq
         self.nonzero += row.nonzero or 0
         self.changed += row.changed or 0
@@ -96,6 +123,28 @@ def group_by(rows: Iterable[TensorRow], key: Callable[[TensorRow], _Key]) -> dic
     return groups
 
 
+class Layer(NamedTuple):
+    """One layer of one stack."""
+
+    stack: str
+    number: int
+
+
+def by_layer(rows: Iterable[TensorRow]) -> tuple[dict[Layer, Group], Group | None]:
+    """The measured rows by layer, in order, and all those that lie in none."""
+    groups = group_by(rows, lambda row: place_of(row.name)[::2])
+    layers = {Layer(stack, number): group for (number, stack), group in groups.items() if number is not None}
+    return {layer: layers[layer] for layer in sorted(layers)}, groups.get((None, ""))
+
+
+def longest(groups: dict[str, Group], count: int) -> list[str]:
+    """The keys of the groups with the longest vectors, in the order of the groups."""
+    if len(groups) <= count:
+        return list(groups)
+    kept = set(sorted(groups, key=lambda key: finite(groups[key].v_sq) or 0.0, reverse=True)[:count])
+    return [key for key in groups if key in kept]
+
+
 def ulps_of(rows: Iterable[TensorRow]) -> list[int]:
     """The distribution of changes over all tensors; empty where it was not measured."""
     found = [row.ulps for row in rows if row.ulps is not None]
@@ -111,6 +160,11 @@ def largest_vectors(rows: Sequence[TensorRow], count: int = 20) -> list[TensorRo
 def finite(value: float | None) -> float | None:
     """``value``, if there is one that can be drawn."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _square(value: float | None) -> float:
+    # Not ``** 2``, which raises where a product is infinite.
+    return value * value if value is not None else 0.0
 
 
 def _root(value: float | None) -> float | None:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from rv_distributed.errors import one_line
-from rv_distributed.report.reading import Output
+from rv_distributed.report.reading import Output, names_of
+from rv_distributed.report.reasons import TITLES, absent
 from rv_distributed.report.tables import Table, comparison_table, heading, tables_of, verdict
 
 
@@ -14,11 +15,13 @@ def markdown_of(outputs: Sequence[Output]) -> str:
     """The report on one output, or the comparison of several."""
     if len(outputs) > 1:
         lines = ["# Comparison", "", *_table(comparison_table(outputs))]
-        for output in outputs:
-            lines += ["", f"## {_text(output.name)}", "", _text(heading(output)), "", *map(_item, verdict(output))]
+        for name, output in zip(names_of(outputs), outputs, strict=True):
+            lines += ["", f"## {_text(name)}", "", _text(heading(output)), "", *map(_item, verdict(output, name))]
     else:
         (output,) = outputs
-        lines = [f"# {_text(output.name)}", "", _text(heading(output)), "", *map(_item, verdict(output))]
+        name = output.name
+        lines = [f"# {_text(name)}", "", _text(heading(output)), "", *map(_item, verdict(output, name))]
+        lines += [_item(f"{TITLES[figure]}: {reason}") for figure, reason in absent(output).items()]
         for table in tables_of(output):
             lines += ["", f"## {_text(table.title)}", "", *_table(table)]
     return "\n".join(lines) + "\n"

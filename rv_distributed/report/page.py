@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 from plotly.offline import get_plotlyjs
 
 from rv_distributed.errors import one_line
-from rv_distributed.report.figures import Figure, comparison_of, figures_of
-from rv_distributed.report.reading import Output
+from rv_distributed.report.comparison import comparison_of
+from rv_distributed.report.drawing import Figure
+from rv_distributed.report.figures import figures_of
+from rv_distributed.report.reading import Output, names_of
 from rv_distributed.report.tables import Table, comparison_table, heading, tables_of, verdict
 
-_POLICY: Final = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_POLICY: Final = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+_NUMBER: Final = re.compile(r"–|[-0-9][0-9.,e+×-]*(?: ?[%A-Za-z/]{1,4})?")
+_BREAKS: Final = re.compile(r"[./_]+")
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --faint: #5f5f5f; --ground: #fff; --line: #d8d8d8; --warn: #fff3cd; }
@@ -33,11 +42,15 @@ p { margin: .25rem 0; } .faint, figcaption { color: var(--faint); font-size: .87
 figure { margin: 0; break-inside: avoid; } .plot { width: 100%; min-height: 8rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; width: 100%; }
 th, td { text-align: left; padding: .25rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: normal; } td:first-child { overflow-wrap: anywhere; min-width: 8rem; }
-@media print { body { max-width: none; padding: 0; } .scroll { overflow: visible; } td { overflow-wrap: anywhere; } }
+  overflow-wrap: break-word; } td:first-child { overflow-wrap: anywhere; min-width: 6rem; }
+.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
+tr, h2, figcaption { break-inside: avoid; } h2, figcaption { break-after: avoid; }
+@media (max-width: 500px) { td:first-child { min-width: 9rem; } }
+@media print { body { max-width: none; padding: 0; } .scroll { overflow: visible; } table { font-size: .75rem; }
+  td:not(.number) { overflow-wrap: anywhere; } .warning { border: 1px solid; } }
 """
 
-#: Draws the figures in the colours of the page, anew whenever those change or the page is printed.
+#: Draws the figures in the colours of the page, anew whenever those change, a phone is turned or the page is printed.
 _SCRIPT: Final = """
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
@@ -47,14 +60,15 @@ function draw() {
   for (const [name, {data, layout}] of Object.entries(figures)) {
     const dressed = structuredClone(layout);
     dressed.font = {color: ink};
+    const tickfont = {size: document.getElementById(name).clientWidth < 500 ? 10 : 12};
     for (const axis of [dressed.xaxis, dressed.yaxis])
-      Object.assign(axis, {gridcolor: line, zerolinecolor: line, linecolor: line});
+      Object.assign(axis, {gridcolor: line, zerolinecolor: line, linecolor: line, tickfont});
     Plotly.react(name, data, dressed, {responsive: true, displayModeBar: false});
   }
 }
 draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-matchMedia("print").addEventListener("change", draw);
+for (const when of ["(prefers-color-scheme: dark)", "(max-width: 500px)", "print"])
+  matchMedia(when).addEventListener("change", draw);
 """
 
 
@@ -64,17 +78,15 @@ def page_of(outputs: Sequence[Output]) -> str:
         figures = list(comparison_of(outputs))
         title = f"{len(outputs)} outputs of rv_distributed"
         top = [f"<h1>{_text(title)}</h1>"]
-        for output in outputs:
-            top += [
-                f"<h2>{_text(output.name)}</h2>",
-                f'<p class="faint">{_text(heading(output))}</p>',
-                *_verdict(output),
-            ]
-        tables: Iterable[Table] = [comparison_table(outputs)]
+        for name, output in zip(names_of(outputs), outputs, strict=True):
+            top += [f"<h2>{_text(name)}</h2>", _heading(output), *_verdict(output, name)]
+        # First the numbers that people compare; what each output is stands above.
+        top.append(_table(comparison_table(outputs)))
+        tables: Iterable[Table] = []
     else:
         (output,) = outputs
         figures, tables, title = list(figures_of(output)), tables_of(output), output.name
-        top = [f"<h1>{_text(title)}</h1>", _heading(output), *_verdict(output)]
+        top = [f"<h1>{_text(title)}</h1>", _heading(output), *_verdict(output, title)]
     drawn = {figure.name: json.loads(figure.figure.to_json()) for figure in figures if figure.figure is not None}
     return "\n".join(
         [
@@ -99,8 +111,8 @@ def _heading(output: Output) -> str:
     return f'<p class="faint">{_text(heading(output))}</p>'
 
 
-def _verdict(output: Output) -> list[str]:
-    measures, *odd = verdict(output)
+def _verdict(output: Output, name: str) -> list[str]:
+    measures, *odd = verdict(output, name)
     return [f"<p>{_text(measures)}</p>", *(f'<p class="warning">⚠ {_text(text)}</p>' for text in odd)]
 
 
@@ -108,15 +120,26 @@ def _figure(figure: Figure) -> str:
     title, caption = f"<h2>{_text(figure.title)}</h2>", f"<figcaption>{_text(figure.caption)}</figcaption>"
     if figure.figure is None:
         return f"<section>{title}<p class='faint'>{_text(figure.why_not)}</p></section>"
-    plot = f'<div class="plot" id="{figure.name}" role="img" aria-label="{_text(figure.title)}"></div>'
+    told = _text(f"{figure.title}. {figure.caption}")
+    plot = f'<div class="plot" id="{figure.name}" role="img" aria-label="{told}"></div>'
     return f"<figure>{title}{caption}{plot}</figure>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in table.header) if any(table.header) else ""
-    rows = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f'<section><h2>{_text(table.title)}</h2><div class="scroll"><table>{body}</table></div></section>'
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.header) if any(table.header) else ""
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>" if head else f"<tbody>{rows}</tbody>"
+    # What scrolls has to be reached by the keyboard too.
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.title)}">'
+    return f"<section><h2>{_text(table.title)}</h2>{scroll}<table>{body}</table></div></section>"
+
+
+def _cell(text: str) -> str:
+    """Numbers stay whole, with their units; names may be broken, and best after a dot."""
+    shown = _text(text)
+    if _NUMBER.fullmatch(text):
+        return f'<td class="number">{shown}</td>'
+    return f"<td>{_BREAKS.sub(lambda found: found[0] + '<wbr>', shown)}</td>"
 
 
 def _text(text: str) -> str:

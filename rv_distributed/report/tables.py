@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rv_distributed.errors import one_line
 from rv_distributed.outcome import oddities, show_measures
 from rv_distributed.recipe import show_alpha
-from rv_distributed.report.groups import ULPS_LABELS, Group, group_by, largest_vectors, place_of, ulps_of
-from rv_distributed.report.reading import Output
-from rv_distributed.report.throughput import shares
+from rv_distributed.report.groups import (
+    ULPS_LABELS,
+    Group,
+    by_layer,
+    finite,
+    group_by,
+    largest_vectors,
+    longest,
+    place_of,
+    ulps_of,
+)
+from rv_distributed.report.reading import Output, names_of
+from rv_distributed.report.sums import absorbed, changed, ulps_max, v_t_ratio
+from rv_distributed.report.throughput import WorkerShare, shares, throughput
 from rv_distributed.units import show_bytes, show_count, show_seconds
 
 _MOST_SHOWN = 20
+_MOST_LAYERS = 300
+_MOST_MODULES = 80
+_SPANS = 12
 
 
 class Table(NamedTuple):
@@ -33,15 +45,15 @@ def heading(output: Output) -> str:
     return one_line(f"{manifest.formula} · {of} · made {manifest.created}")
 
 
-def verdict(output: Output) -> list[str]:
+def verdict(output: Output, name: str) -> list[str]:
     """The measures in a line, and what is odd about them."""
-    return [one_line(text) for text in (show_measures(output.manifest), *oddities(output.name, output.manifest))]
+    return [one_line(text) for text in (show_measures(output.manifest), *oddities(name, output.manifest))]
 
 
 def tables_of(output: Output) -> Iterator[Table]:
     """All tables of one output; those without rows are left out."""
-    found = [_largest(output), _layers(output), _ulps(output), _not_computed(output), _workers(output)]
-    found += _provenance(output)
+    found = [_largest(output), _modules(output), _layers(output), _ulps(output), _not_computed(output)]
+    found += [_spans(output), _workers(output), *_provenance(output)]
     return (table for table in found if table.rows)
 
 
@@ -62,22 +74,31 @@ def _largest(output: Output) -> Table:
     return Table("The longest vectors", header, rows)
 
 
+def _modules(output: Output) -> Table:
+    groups = group_by(output.rows, lambda row: place_of(row.name).module)
+    kept = longest(groups, _MOST_MODULES)
+    title = _title("By module, over all layers", len(kept), len(groups))
+    return Table(title, ("module", *_GROUP_HEADER), [(name, *_measures(groups[name])) for name in kept])
+
+
 def _layers(output: Output) -> Table:
-    groups = group_by(output.rows, lambda row: place_of(row.name).layer)
-    numbered = sorted((layer, group) for layer, group in groups.items() if layer is not None)
-    named: list[tuple[str, Group]] = [(str(layer), group) for layer, group in numbered]
-    named += [("in none", group) for layer, group in groups.items() if layer is None]
-    rows = [
-        (
-            name,
-            number(group.v_t_ratio),
-            number(group.realised_alpha if output.manifest.totals.realised_alpha is not None else None),
-            share(group.changed_fraction),
-            share(group.absorbed_fraction),
-        )
-        for name, group in named
-    ]
-    return Table("By layer", ("layer", "‖v‖/‖t‖", "realised alpha", "changed", "lost in rounding"), rows)
+    layers, elsewhere = by_layer(output.rows)
+    shown = list(layers)[:_MOST_LAYERS]
+    rows = [(f"{layer.stack} {layer.number}".strip(), *_measures(layers[layer])) for layer in shown]
+    rows += [("in none", *_measures(elsewhere))] if elsewhere else []
+    return Table(_title("By layer", len(shown), len(layers)), ("layer", *_GROUP_HEADER), rows)
+
+
+_GROUP_HEADER = ("‖v‖/‖t‖", "realised alpha", "relative error", "changed", "lost in rounding")
+
+
+def _measures(group: Group) -> tuple[str, ...]:
+    exact = (group.v_t_ratio, group.realised_alpha, group.relative_error)
+    return (*map(number, exact), share(group.changed_fraction), share(group.absorbed_fraction))
+
+
+def _title(title: str, shown: int, every: int) -> str:
+    return title if shown >= every else f"{title}: {shown} of {every:,}"
 
 
 def _ulps(output: Output) -> Table:
@@ -90,31 +111,37 @@ def _ulps(output: Output) -> Table:
 
 
 def _not_computed(output: Output) -> Table:
-    reasons = Counter((row.rule, row.why) for row in output.rows if row.rule != "combine")
-    examples: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for row in output.rows:
-        if row.rule != "combine" and len(examples.setdefault((row.rule, row.why), [])) < 3:
-            examples[row.rule, row.why].append(row.name)
-    rows = [
-        ({"copy": "copied", "cast": "cast"}[rule], why, str(count), ", ".join(examples[rule, why]))
-        for (rule, why), count in reasons.most_common()
-    ]
-    left = Counter(entry.why for entry in output.manifest.left_out)
-    rows += [
-        ("left out", why, str(count), ", ".join([e.tensor for e in output.manifest.left_out if e.why == why][:3]))
-        for why, count in left.most_common()
-    ]
-    return Table("What was not computed", ("", "why", "tensors", "for instance"), rows)
+        if row.rule != "combine":
+            found.setdefault(({"copy": "copied", "cast": "cast"}[row.rule], row.why), []).append(row.name)
+    for entry in output.manifest.left_out:
+        found.setdefault(("left out", entry.why), []).append(entry.tensor)
+    kept = sorted(found, key=lambda key: (key[0] == "left out", -len(found[key])))[:_MOST_SHOWN]
+    rows = [(*key, f"{len(found[key]):,}", ", ".join(found[key][:3])) for key in kept]
+    title = _title("What was not computed", len(kept), len(found))
+    return Table(title, ("", "why", "tensors", "for instance"), rows)
+
+
+def _spans(output: Output) -> Table:
+    found = throughput(output.pieces, _SPANS)
+    rates = [sum(column) for column in zip(*found.rates.values(), strict=True)]
+    rows = [(show_seconds(end), f"{show_bytes(rate)}/s") for end, rate in zip(found.ends_s, rates, strict=True)]
+    return Table("Bytes written over time", ("until", "speed"), rows)
 
 
 def _workers(output: Output) -> Table:
     run_s = max(output.manifest.timings.run_s, 1e-9)
-    rows = []
-    for one in shares(output.pieces)[:_MOST_SHOWN]:
-        waited = ", ".join(show_seconds(seconds) for seconds in (one.read_s, one.compute_s, one.write_s))
-        speed = f"{show_bytes(one.bytes_written / run_s)}/s"
-        rows.append((one.worker, str(one.pieces), show_bytes(one.bytes_written), speed, waited, str(one.retried)))
-    return Table("By worker", ("worker", "pieces", "written", "speed", "reading, computing, writing", "retried"), rows)
+    every = sorted(shares(output.pieces), key=lambda one: -one.bytes_written)
+    kept = every[:_MOST_SHOWN]
+    header = ("worker", "pieces", "written", "speed", "reading", "computing", "writing", "retried")
+    return Table(_title("By worker", len(kept), len(every)), header, [_worker(one, run_s) for one in kept])
+
+
+def _worker(one: WorkerShare, run_s: float) -> tuple[str, ...]:
+    waited = tuple(map(show_seconds, (one.read_s, one.compute_s, one.write_s)))
+    speed = f"{show_bytes(one.bytes_written / run_s)}/s"
+    return (one.worker, f"{one.pieces:,}", show_bytes(one.bytes_written), speed, *waited, f"{one.retried:,}")
 
 
 def _provenance(output: Output) -> list[Table]:
@@ -139,28 +166,32 @@ def _provenance(output: Output) -> list[Table]:
 def comparison_table(outputs: Sequence[Output]) -> Table:
     """A row an output."""
     rows = []
-    for output in sorted(outputs, key=lambda output: output.manifest.totals.alpha):
-        totals = output.manifest.totals
+    for name, output in sorted(zip(names_of(outputs), outputs, strict=True), key=lambda one: _alpha(one[1])):
+        totals, options = output.manifest.totals, output.manifest.options
         rows.append(
             (
-                output.name,
-                show_alpha(totals.alpha),
-                number(totals.realised_alpha),
-                number(totals.relative_error),
-                share(totals.absorbed_elements / totals.nonzero_elements if totals.nonzero_elements else None),
-                share(totals.changed_elements / max(1, totals.parameters)),
-                str(totals.ulps_max),
+                *(name, show_alpha(totals.alpha), f"{options['rounding']}, {options['dtype']}"),
+                *(number(totals.realised_alpha), number(totals.relative_error)),
+                *(share(absorbed(output)), share(changed(output)), number(v_t_ratio(output))),
+                str(ulps_max(output) if ulps_max(output) is not None else "–"),
             )
         )
-    header = ("output", "alpha", "realised", "relative error", "lost in rounding", "changed", "largest change (ulps)")
+    header = (
+        *("output", "alpha", "rounding", "realised", "relative error", "lost in rounding", "changed", "‖v‖/‖t‖"),
+        "largest change (ulps)",
+    )
     return Table("The outputs", header, rows)
+
+
+def _alpha(output: Output) -> float:
+    return output.manifest.totals.alpha
 
 
 def number(value: float | None) -> str:
     """Four digits; a dash where there is nothing."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+    return "–" if finite(value) is None else f"{value:.4g}"
 
 
 def share(value: float | None) -> str:
     """A percentage; a dash where there is nothing."""
-    return "–" if value is None else f"{value:.2%}"
+    return "–" if finite(value) is None else f"{value:.2%}"

@@ -70,7 +70,9 @@ def test_several_outputs_are_compared_in_the_order_of_their_alphas(outs: Path, t
     assert [row.split(" | ")[:2] for row in rows[1:]] == [["| out-0.3", "0.3"], ["| out-1.0", "1"]]
 
 
-@pytest.mark.parametrize("place", ["out-0.3/report.html", "out-0.3/deep/report.html", "nowhere/report.html"])
+@pytest.mark.parametrize(
+    "place", ["out-0.3/report.html", "out-0.3/deep/report.html", "nowhere/report.html", "out-1.0/report.html"]
+)
 def test_places_where_a_report_may_not_go_are_refused(outs: Path, tmp_path: Path, place: str) -> None:
     refused = report(tmp_path, outs / "out-0.3", "--out", outs / place)
     assert refused.status == 2
@@ -86,13 +88,18 @@ def test_what_is_no_output_or_was_changed_or_cannot_be_compared_is_refused(outs:
     table = damaged / "rv_tensors.parquet"
     table.write_bytes(table.read_bytes()[:-1] + b"0")
     without = shutil.copytree(outs / "out-0.3", tmp_path / "without")
-    (without / "rv_pieces.parquet").unlink()
+    (without / "rv_tensors.parquet").unlink()
+    edited = shutil.copytree(outs / "out-0.3", tmp_path / "edited")
+    manifest = edited / "rv_manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"created": "2', b'"created": "3'))
     for args, status, told in (
         ([tmp_path / "nothing"], 2, "does not exist"),
         ([outs / "target"], 2, "rv_manifest.json"),
-        ([damaged], 3, "rv_tensors.parquet: differs from what was written"),
-        ([without], 3, "rv_pieces.parquet: is missing"),
-        ([outs / "out-0.3", tmp_path / "other"], 2, "has other tensors than out-0.3"),
+        ([damaged], 2, "damaged/rv_tensors.parquet: differs from what was written. rv verify"),
+        ([without], 2, "without/rv_tensors.parquet: is missing. rv verify"),
+        ([edited], 2, "edited/rv_manifest.json: differs from what was written"),
+        ([outs / "out-0.3", outs / "out-0.3"], 2, "is given twice"),
+        ([outs / "out-0.3", tmp_path / "other"], 2, "out-0.3. Compare outputs of one target"),
     ):
         refused = report(tmp_path, *args)
         assert refused.status == status, refused.stderr

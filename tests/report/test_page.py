@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from altered import altered, pieces_of, rows_of
 from reference import Raw, Tensors, narrow, weights, widen, write_checkpoint
 
 import rv_distributed as rv
@@ -261,3 +262,126 @@ def test_a_vector_and_one_with_nan_are_drawn_too(browser: Any, tmp_path: Path) -
         show(browser, page)
         assert browser.get_log("browser") == []
         assert drawn(browser, "speed")
+
+
+def tooltip(browser: Any, name: str, at: dict[str, int]) -> list[str]:
+    """The lines that a figure shows over a point, or over a cell of the heat map."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    given = at if "xval" in at else [{"curveNumber": 0, **at}]
+    clear = "document.querySelectorAll('.hoverlayer > *').forEach(shown => shown.remove());"
+    browser.execute_script(f"{clear} Plotly.Fx.hover(arguments[0], arguments[1])", name, given)
+    lines = f"return Array.from(document.querySelectorAll('#{name} .hovertext :is(.nums tspan.line, text.name)'))"
+    lines += ".map(line => line.textContent)"
+    # Plotly delays what follows too soon on another.
+    found: list[str] = WebDriverWait(browser, 30).until(lambda _: browser.execute_script(lines))
+    return found
+
+
+def test_tooltips_tell_whole_names_and_exact_values(browser: Any, page: Path, outs: dict[float, Path]) -> None:
+    show(browser, page)
+    rows = {row["name"]: row for row in pq.read_table(outs[0.7] / "rv_tensors.parquet").to_pylist()}
+    (heat,) = drawn(browser, "heat")
+    module = heat["y"].index("mlp.up_proj")
+    for layer in range(3):
+        lines = tooltip(browser, "heat", {"xval": heat["x"].index(str(layer)), "yval": module})
+        assert lines[:2] == ["mlp.up_proj", f"layer {layer}"]
+        assert float(lines[2].split()[1]) == rows[f"model.layers.{layer}.mlp.up_proj.weight"]["v_t_ratio"]
+    measured = [row for row in rows.values() if row["v_norm"] is not None]
+    longest = max(measured, key=lambda row: row["v_norm"])
+    name, value = tooltip(browser, "largest", {"pointNumber": 0})
+    assert (name, float(value.split()[1])) == (longest["name"], longest["v_norm"])
+    (line,) = drawn(browser, "realised")
+    told = tooltip(browser, "realised", {"pointNumber": 2})
+    assert (told[0], float(told[1])) == ("layer 2: realised alpha", line["y"][2])
+
+
+EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>"
+
+
+def test_hostile_names_workers_reasons_and_folders_are_text(
+    browser: Any, outs: dict[float, Path], tmp_path: Path
+) -> None:
+    """In every place of the page that shows something from a file, and in the tooltips, which read HTML of a kind."""
+    links = "<a href='https://example.com/'>x</a><b>%{y}</b> \u202e\u2028 </style> ]]> <!--"
+    rows = [row._replace(name=f"model.layers.0.{n}{EVIL}{links}") for n, row in enumerate(rows_of(outs[0.7]))]
+    rows = [row._replace(dtype=EVIL, why=EVIL if row.rule != "combine" else "") for row in rows]
+    pieces = [row._replace(worker=f"{EVIL}{links}{row.piece % 2}") for row in pieces_of(outs[0.7])]
+    manifest = rv.verify(str(outs[0.7]))
+    entry = manifest.inputs[0]
+    inputs = tuple(type(entry)(entry.role, f"s3://key:hunter2@x/{EVIL}{links}", entry.fingerprint, EVIL) for _ in "ab")
+    texts: dict[str, Any] = {"formula": EVIL, "created": EVIL, "inputs": inputs}
+    folder = tmp_path / "a<img src=x onerror=document.title='owned'>"
+    out = altered(outs[0.7], folder, rows=rows, pieces=pieces, versions={EVIL: EVIL}, **texts)
+    twin = altered(outs[0.3], tmp_path / "b" / out.name, rows=rows, **texts)
+    for number, given in enumerate(([out], [out, twin])):
+        page = tmp_path / f"page{number}.html"
+        page.write_text(report([str(one) for one in given]), encoding="utf-8")
+        assert "hunter2" not in page.read_text(encoding="utf-8")
+        show(browser, page)
+        foreign = "img, a[href], svg a, iframe, link, base, form"
+        count = f"return document.querySelectorAll('{foreign}').length"
+        for name in ("heat", "largest", "speed") if number == 0 else ("realised", "ratio"):
+            told = tooltip(browser, name, {"xval": 0, "yval": 0} if name == "heat" else {"pointNumber": 0})
+            assert "<" in "".join(told)
+            assert browser.execute_script(count) == 0, name
+        assert browser.get_log("browser") == []
+        assert browser.title != "owned"
+        assert browser.execute_script("return document.scripts.length") == 3
+        assert EVIL in browser.execute_script("return document.body.innerText")
+
+
+def test_the_page_may_not_use_the_network(browser: Any, page: Path) -> None:
+    """Were some name to get through all escapes, it could not tell anybody."""
+    show(browser, page)
+    script = """const done = arguments[1], blocked = [];
+    document.addEventListener("securitypolicyviolation", event => blocked.push(event.effectiveDirective));
+    const image = new Image(); image.src = arguments[0] + "/i.png";
+    const other = document.createElement("script"); other.src = arguments[0] + "/s.js"; document.head.append(other);
+    fetch(arguments[0]).catch(() => setTimeout(() => done(blocked), 0));"""
+    blocked = browser.execute_async_script(script, "https://example.invalid")
+    assert {"img-src", "connect-src", "script-src-elem"} <= set(blocked)
+
+
+def test_nothing_is_clipped_on_paper(browser: Any, page: Path) -> None:
+    """At the width of A4 less its margins, where a reader cannot scroll."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    show(browser, page, width=1000, dark=True)
+    metrics = {"width": 718, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    dark = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": [dark]})
+    right = "return Math.max(...Array.from(document.querySelectorAll('.main-svg, table, .plot text')).map("
+    right += "part => part.getBoundingClientRect().right))"
+    WebDriverWait(browser, 30).until(lambda _: browser.execute_script(right) <= 718)
+    WebDriverWait(browser, 30).until(lambda _: luminance(ink_and_ground(browser)[0]) < 0.05)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_throughput_begins_with_the_run_and_fills_it(browser: Any, page: Path) -> None:
+    show(browser, page)
+    ends = drawn(browser, "speed")[0]["x"]
+    assert browser.execute_script("return document.getElementById('speed')._fullLayout.xaxis.range") == [0, ends[-1]]
+    box = "return ['.bglayer .bg, .plotbg, .bg', '.points path'].map(part => {const box = document.querySelector("
+    box += "'#speed ' + part.split(', ').join(', #speed ')).getBoundingClientRect(); return box.left})"
+    ground, first = browser.execute_script(box)
+    assert abs(first - ground) < 2
+
+
+def test_outputs_rounded_in_two_ways_are_two_lines(browser: Any, outs: dict[float, Path], tmp_path: Path) -> None:
+    target, donor, reference = (str(outs[0.3].parent / name) for name in ("t", "a?token=hunter2", "b"))
+    options = rv.PlanOptions(rounding="stochastic")
+    rv.transfer(target, donor, reference, str(tmp_path / "out"), alpha=0.3, plan_options=options)
+    page = tmp_path / "sweep.html"
+    page.write_text(report([*(str(out) for out in outs.values()), str(tmp_path / "out")]), encoding="utf-8")
+    show(browser, page)
+    found = {"".join(trace["name"]): trace["x"] for trace in drawn(browser, "realised")}
+    third = float(np.float32(0.3))
+    assert found["nearest, auto"] == [third, float(np.float32(0.7)), 1.0]
+    assert found["stochastic, auto"] == [third]
+    (ratios, _) = drawn(browser, "ratio")
+    totals = rv.verify(str(outs[0.3])).totals
+    assert totals.v_norm is not None
+    assert totals.t_norm is not None
+    assert ratios["y"][0] == totals.v_norm / totals.t_norm
