@@ -37,9 +37,9 @@ class CompiledCombiner:
         self._level = _LEVELS[stats]
         self._arithmetic = arithmetic
         self._weighted = weighted
-        self._scratch = np.empty((4 + 2 * outputs, strips.STRIP), np.float32)
+        self._scratch = np.empty((3 + 2 * outputs, strips.STRIP), np.float32)
         self._spare = np.empty((3, 4 * strips.STRIP), np.uint8)
-        self._steps = np.empty(strips.STRIP, np.int16)
+        self._steps = np.empty(strips.STRIP, np.uint16)
 
     def compute(
         self,

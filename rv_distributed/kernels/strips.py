@@ -38,8 +38,9 @@ _U8, _U16, _U32 = np.uint8, np.uint16, np.uint32
 _I16, _I32, _I64 = np.int16, np.int32, np.int64
 _FLOAT, _DOUBLE = np.float32, np.float64
 Array = Any
+Convert = Callable[[Any], Any]
 
-_PLAIN: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy"}
+_PLAIN: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 _SUMS: Final[dict[str, Any]] = {**_PLAIN, "fastmath": {"reassoc", "contract", "nsz"}}
 
 
@@ -84,7 +85,7 @@ def _fill(into: Array, value: int) -> None:
         into[i] = value
 
 
-@njit(**_PLAIN)
+@njit(**_PLAIN, inline="always")
 def _aligned(raw: Array, at: int, count: int, width: int, spare: Array) -> Array:
     """``count`` elements of ``raw`` from byte ``at``: in place, or in ``spare`` where they lie at odd addresses."""
     if at % width == 0:
@@ -95,22 +96,72 @@ def _aligned(raw: Array, at: int, count: int, width: int, spare: Array) -> Array
 
 
 @njit(**_PLAIN)
+def _from_bf16(bits: Any) -> Any:
+    return _U32(_U32(bits) << _U32(16)).view(_FLOAT)
+
+
+@njit(**_PLAIN)
+def _from_f16(bits: Any) -> Any:
+    # The exponents' biases differ by 112; multiplying makes subnormal numbers normal on the way.
+    value = _FLOAT(_U32(_U32(bits & _U16(0x7FFF)) << _U32(13)).view(_FLOAT) * _FLOAT(2.0**112))
+    magnitude = value.view(_U32)
+    if value >= _FLOAT(65536.0):
+        magnitude = _U32(magnitude | _U32(0x7F800000))
+    return _U32(magnitude | _U32(_U32(bits & _U16(0x8000)) << _U32(16))).view(_FLOAT)
+
+
+@njit(**_PLAIN)
+def _as_f32(value: Any) -> Any:
+    return value
+
+
+@njit(**_PLAIN)
+def _to_bf16(value: Any) -> Any:
+    bits = _FLOAT(value).view(_U32)
+    # Half a unit, or just less where the last bit is 0: what is larger carries into the upper half.
+    half = _U32(_U32(0x7FFF) + _U32(_U32(bits >> _U32(16)) & _U32(1)))
+    is_nan = _U32(bits & _U32(0x7FFFFFFF)) > _U32(0x7F800000)
+    return _U16(0x7FC0) if is_nan else _U16(_U32(bits + half) >> _U32(16))
+
+
+@njit(**_PLAIN)
+def _to_f16(value: Any) -> Any:
+    bits = _FLOAT(value).view(_U32)
+    sign = _U32(_U32(bits >> _U32(16)) & _U32(0x8000))
+    magnitude = _U32(bits & _U32(0x7FFFFFFF))
+    if magnitude > _U32(0x7F800000):
+        half = _U32(0x7E00)
+    elif magnitude >= _U32(0x47800000):
+        half = _U32(0x7C00)
+    elif magnitude < _U32(0x38800000):
+        # Subnormal: float32 itself rounds to multiples of 2⁻²⁴ when it adds 0.5.
+        half = _U32(_FLOAT(magnitude.view(_FLOAT) + _FLOAT(0.5)).view(_U32) - _U32(0x3F000000))
+    else:
+        even = _U32(_U32(magnitude >> _U32(13)) & _U32(1))
+        half = _U32(_U32(magnitude - _U32(112 << 23) + _U32(0xFFF) + even) >> _U32(13))
+    return _U16(sign | half)
+
+
+def _converting(convert: Convert) -> Callable[..., None]:
+    @njit(**_PLAIN)
+    def loop(source: Array, into: Array) -> None:
+        for i in range(into.size):
+            into[i] = convert(source[i])
+
+    return loop  # type: ignore[no-any-return]
+
+
+_widen_bf16, _widen_f16 = _converting(_from_bf16), _converting(_from_f16)
+_narrow_to_bf16, _narrow_to_f16 = _converting(_to_bf16), _converting(_to_f16)
+
+
+@njit(**_PLAIN)
 def _widen(raw: Array, code: int, into: Array) -> None:
     """Float32 from the elements of ``raw``; exact."""
-    bits = into.view(_U32)
     if code == _BF16:
-        source = raw.view(_U16)
-        for i in range(into.size):
-            bits[i] = _U32(_U32(source[i]) << _U32(16))
+        _widen_bf16(raw.view(_U16), into)
     elif code == _F16:
-        source = raw.view(_U16)
-        for i in range(into.size):
-            # The exponents' biases differ by 112; multiplying makes subnormal numbers normal on the way.
-            value = _FLOAT(_U32(_U32(source[i] & _U16(0x7FFF)) << _U32(13)).view(_FLOAT) * _FLOAT(2.0**112))
-            magnitude = value.view(_U32)
-            if value >= _FLOAT(65536.0):
-                magnitude = _U32(magnitude | _U32(0x7F800000))
-            bits[i] = _U32(magnitude | _U32(_U32(source[i] & _U16(0x8000)) << _U32(16)))
+        _widen_f16(raw.view(_U16), into)
     else:
         _copy(raw.view(_FLOAT), into)
 
@@ -118,68 +169,60 @@ def _widen(raw: Array, code: int, into: Array) -> None:
 @njit(**_PLAIN)
 def _narrow(values: Array, code: int, raw: Array) -> None:
     """The values rounded to nearest even, as elements of ``raw``."""
-    bits = values.view(_U32)
     if code == _BF16:
-        out = raw.view(_U16)
-        for i in range(values.size):
-            # Half a unit, or just less where the last bit is 0: what is larger carries into the upper half.
-            half = _U32(_U32(0x7FFF) + _U32(_U32(bits[i] >> _U32(16)) & _U32(1)))
-            is_nan = _U32(bits[i] & _U32(0x7FFFFFFF)) > _U32(0x7F800000)
-            out[i] = _U16(0x7FC0) if is_nan else _U16(_U32(bits[i] + half) >> _U32(16))
+        _narrow_to_bf16(values, raw.view(_U16))
     elif code == _F16:
-        out = raw.view(_U16)
-        for i in range(values.size):
-            sign = _U32(_U32(bits[i] >> _U32(16)) & _U32(0x8000))
-            magnitude = _U32(bits[i] & _U32(0x7FFFFFFF))
-            if magnitude > _U32(0x7F800000):
-                half = _U32(0x7E00)
-            elif magnitude >= _U32(0x47800000):
-                half = _U32(0x7C00)
-            elif magnitude < _U32(0x38800000):
-                # Subnormal: float32 itself rounds to multiples of 2⁻²⁴ when it adds 0.5.
-                half = _U32(_FLOAT(magnitude.view(_FLOAT) + _FLOAT(0.5)).view(_U32) - _U32(0x3F000000))
-            else:
-                even = _U32(_U32(magnitude >> _U32(13)) & _U32(1))
-                half = _U32(_U32(magnitude - _U32(112 << 23) + _U32(0xFFF) + even) >> _U32(13))
-            out[i] = _U16(sign | half)
+        _narrow_to_f16(values, raw.view(_U16))
     else:
         _copy(values, raw.view(_FLOAT))
 
 
 @njit(**_PLAIN)
-def _noise(index: int, keys: Array) -> Any:
-    """The word of `rv_distributed.kernels.noise` with this index; its keys change with the upper half of the index."""
-    later = (index >> 32) != (_I64(keys[4]) | _I64(keys[5]) << 32)
-    x = _U32(_U32(index & 0xFFFFFFFF) + (keys[2] if later else keys[0]))
-    x = _U32(_U32(x ^ _U32(x >> _U32(17))) * _U32(0xED5AD4BB))
-    x = _U32(x ^ (keys[3] if later else keys[1]))
-    x = _U32(_U32(x ^ _U32(x >> _U32(11))) * _U32(0xAC4C1B51))
-    x = _U32(_U32(x ^ _U32(x >> _U32(15))) * _U32(0x31848BAB))
-    return _U32(x ^ _U32(x >> _U32(14)))
+def _fill_words(first: int, key: int, other_key: int, into: Array) -> None:
+    start = _U32(first & 0xFFFFFFFF)
+    for i in range(into.size):
+        x = _U32(_U32(start + _U32(i)) + key)
+        x = _U32(_U32(x ^ _U32(x >> _U32(17))) * _U32(0xED5AD4BB))
+        x = _U32(x ^ other_key)
+        x = _U32(_U32(x ^ _U32(x >> _U32(11))) * _U32(0xAC4C1B51))
+        x = _U32(_U32(x ^ _U32(x >> _U32(15))) * _U32(0x31848BAB))
+        into[i] = _U32(x ^ _U32(x >> _U32(14)))
 
 
 @njit(**_PLAIN)
-def _narrow_by_chance(values: Array, code: int, raw: Array, first: int, keys: Array) -> None:
-    """As `_narrow`, but stochastically, for the dtypes of 16 bits; ``first`` is the first element in its tensor.
+def _fill_noise(first: int, keys: Array, into: Array) -> None:
+    """The words of `rv_distributed.kernels.noise` from index ``first`` on; the keys change with its upper half."""
+    border = ((_I64(keys[4]) | _I64(keys[5]) << 32) + 1) << 32
+    before = min(max(border - first, 0), into.size)
+    _fill_words(first, keys[0], keys[1], into[:before])
+    _fill_words(first + before, keys[2], keys[3], into[before:])
+
+
+@njit(**_PLAIN)
+def _narrow_by_chance(values: Array, code: int, raw: Array, first: int, keys: Array, words: Array) -> None:
+    """As `_narrow`, but stochastically, for the dtypes of 16 bits; ``first`` is the first element in its tensor, and
+    ``words`` (uint32) is scratch for one more than the values.
 
     The methods, and the reasons for them, are those of `rv_distributed.kernels.rounding`.
     """
     _narrow(values, code, raw)
     bits, out = values.view(_U32), raw.view(_U16)
     if code == _BF16:
+        # An even element has the lower half of a word, which comes first in memory, and the next one the upper half.
+        _fill_noise(first >> 1, keys, words[: (values.size >> 1) + 1])
+        halves = words.view(_U16)[first & 1 :]
         for i in range(values.size):
-            word = _noise((first + i) >> 1, keys)
-            half = _U32(word >> _U32(16)) if (first + i) & 1 else _U32(word & _U32(0xFFFF))
             if _U32(bits[i] & _U32(0x7FFFFFFF)) < _U32(0x7F7F0000):
-                out[i] = _U16(_U32(bits[i] + half) >> _U32(16))
+                out[i] = _U16(_U32(bits[i] + _U32(halves[i])) >> _U32(16))
     elif code == _F16:
+        _fill_noise(first, keys, words[: values.size])
         for i in range(values.size):
             magnitude = _FLOAT(abs(values[i]))
             if magnitude < _FLOAT(65504.0):
                 exponent = max(_I32(_U32(bits[i] & _U32(0x7FFFFFFF)) >> _U32(23)) - _I32(127 + 10), _I32(-24))
                 scaled = _FLOAT(magnitude * _U32(_U32(127 - exponent) << _U32(23)).view(_FLOAT))
                 whole = _FLOAT(np.floor(scaled))
-                signed = _I32(_I32(_noise(first + i, keys)) >> _I32(9))
+                signed = _I32(_I32(words[i]) >> _I32(9))
                 uniform = _FLOAT(_FLOAT(_FLOAT(signed) * _FLOAT(2.0**-23)) + _FLOAT(0.5 + 2.0**-24))
                 if _FLOAT(scaled - whole) > uniform:
                     whole = _FLOAT(whole + _FLOAT(1.0))
@@ -188,37 +231,93 @@ def _narrow_by_chance(values: Array, code: int, raw: Array, first: int, keys: Ar
                 out[i] = _U16(_U32(_U32(bits[i] >> _U32(16)) & _U32(0x8000)) | step)
 
 
-@njit(**_PLAIN)
-def _subtract(values: Array, other: Array) -> None:
-    for i in range(values.size):
-        values[i] = _FLOAT(values[i] - other[i])
+def _subtracting(convert: Convert) -> Callable[..., None]:
+    @njit(**_PLAIN)
+    def loop(values: Array, source: Array) -> None:
+        for i in range(values.size):
+            values[i] = _FLOAT(values[i] - convert(source[i]))
+
+    return loop  # type: ignore[no-any-return]
+
+
+_subtract_bf16, _subtract_f16, _subtract_f32 = map(_subtracting, (_from_bf16, _from_f16, _as_f32))
 
 
 @njit(**_PLAIN)
-def _scale_and_add(values: Array, d: Array, alpha: float, into: Array) -> None:
-    """``into = RN(values + RN(alpha·d))``."""
+def _subtract(values: Array, raw: Array, code: int) -> None:
+    """Take the elements of ``raw`` from the values."""
+    if code == _BF16:
+        _subtract_bf16(values, raw.view(_U16))
+    elif code == _F16:
+        _subtract_f16(values, raw.view(_U16))
+    else:
+        _subtract_f32(values, raw.view(_FLOAT))
+
+
+@njit(**_PLAIN)
+def _add_scaled(values: Array, d: Array, alpha: float) -> None:
+    """``values = RN(values + RN(alpha·d))``, in place: with one array in two roles, `_scale_and_add` is no vectors."""
     for i in range(d.size):
-        into[i] = _FLOAT(values[i] + _FLOAT(alpha * d[i]))
+        values[i] = _FLOAT(values[i] + _FLOAT(alpha * d[i]))
 
 
-@njit(**_SUMS)
-def _add_sums(t: Array, v: Array, o: Array, alpha: float, sums: Array) -> None:
+def _scaling_and_adding(convert: Convert) -> Callable[..., None]:
+    @njit(**_PLAIN)
+    def loop(values: Array, d: Array, alpha: float, into: Array) -> None:
+        for i in range(d.size):
+            into[i] = convert(_FLOAT(values[i] + _FLOAT(alpha * d[i])))
+
+    return loop  # type: ignore[no-any-return]
+
+
+_scale_and_add_to_bf16, _scale_and_add_to_f16, _scale_and_add = map(_scaling_and_adding, (_to_bf16, _to_f16, _as_f32))
+
+
+@njit(**_PLAIN)
+def _scale_add_and_narrow(values: Array, d: Array, alpha: float, code: int, raw: Array) -> None:
+    """``RN(values + RN(alpha·d))`` rounded to nearest even, as elements of ``raw``."""
+    if code == _BF16:
+        _scale_and_add_to_bf16(values, d, alpha, raw.view(_U16))
+    elif code == _F16:
+        _scale_and_add_to_f16(values, d, alpha, raw.view(_U16))
+    else:
+        _scale_and_add(values, d, alpha, raw.view(_FLOAT))
+
+
+def _adding_sums(convert: Convert) -> Callable[..., None]:
+    @njit(**_SUMS)
+    def loop(t: Array, v: Array, out: Array, alpha: float, sums: Array) -> None:
+        v_sq = t_sq = v_t = moved_v = error_sq = 0.0
+        for i in range(v.size):
+            x, y = _DOUBLE(v[i]), _DOUBLE(t[i])
+            moved = _DOUBLE(convert(out[i])) - y
+            error = moved - alpha * x
+            v_sq += x * x
+            t_sq += y * y
+            v_t += x * y
+            moved_v += moved * x
+            error_sq += error * error
+        sums[V_SQ] += v_sq
+        sums[T_SQ] += t_sq
+        sums[V_T] += v_t
+        sums[MOVED_V] += moved_v
+        sums[ERROR_SQ] += error_sq
+
+    return loop  # type: ignore[no-any-return]
+
+
+_add_sums_bf16, _add_sums_f16, _add_sums_f32 = map(_adding_sums, (_from_bf16, _from_f16, _as_f32))
+
+
+@njit(**_PLAIN)
+def _add_sums(t: Array, v: Array, out: Array, code: int, alpha: float, sums: Array) -> None:
     """All sums, in float64, in which every product of two float32 is exact."""
-    v_sq = t_sq = v_t = moved_v = error_sq = 0.0
-    for i in range(v.size):
-        x, y = _DOUBLE(v[i]), _DOUBLE(t[i])
-        moved = _DOUBLE(o[i]) - y
-        error = moved - alpha * x
-        v_sq += x * x
-        t_sq += y * y
-        v_t += x * y
-        moved_v += moved * x
-        error_sq += error * error
-    sums[V_SQ] += v_sq
-    sums[T_SQ] += t_sq
-    sums[V_T] += v_t
-    sums[MOVED_V] += moved_v
-    sums[ERROR_SQ] += error_sq
+    if code == _BF16:
+        _add_sums_bf16(t, v, out.view(_U16), alpha, sums)
+    elif code == _F16:
+        _add_sums_f16(t, v, out.view(_U16), alpha, sums)
+    else:
+        _add_sums_f32(t, v, out.view(_FLOAT), alpha, sums)
 
 
 @njit(**_SUMS)
@@ -232,64 +331,83 @@ def _add_squares(t: Array, v: Array, sums: Array) -> None:
 
 
 @njit(**_PLAIN)
-def _look_at_vector(v: Array, counts: Array) -> None:
-    """Largest magnitude and non-zero elements; as integers, magnitudes have their order, with NaN above all."""
-    bits = v.view(_I32)
-    largest = nonzero = _I32(0)
-    for i in range(v.size):
-        size = _I32(bits[i] & _I32(0x7FFFFFFF))
-        largest = _I32(max(largest, size))
-        nonzero = _I32(nonzero + _I32(size != _I32(0)))
-    counts[V_MAX_BITS] = max(counts[V_MAX_BITS], _I64(largest))
-    counts[NONZERO] += nonzero
+def _find_steps16(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
+    """How many numbers of a 16-bit dtype each element of ``out`` is away from that of ``target``.
 
-
-@njit(**_PLAIN)
-def _find_steps16(target: Array, out: Array, odd: bool, t: Array, o: Array, steps: Array) -> Any:
-    """How many numbers of a 16-bit dtype an element of ``out`` is away from that of ``target``; returns the most.
-
-    ``steps`` gets them, cut off where int16 ends; −1 where ``t`` and ``o`` differ and are not both finite, for which
-    ``odd`` says to look.
+    Returns the most, and the largest magnitude of all elements, as bits.
     """
-    most = _I32(0)
+    most = largest = _U16(0)
     for i in range(steps.size):
-        # Two's complement, in place of sign and magnitude, makes one sequence of all numbers, with one zero.
-        x, y = _I32(_I16(target[i])), _I32(_I16(out[i]))
-        x_sign, y_sign = _I32(x >> _I32(31)), _I32(y >> _I32(31))
-        x = _I32(_I32(_I32(x & _I32(0x7FFF)) ^ x_sign) - x_sign)
-        y = _I32(_I32(_I32(y & _I32(0x7FFF)) ^ y_sign) - y_sign)
-        step = _I32(abs(_I32(y - x)))
-        if odd and not (np.isfinite(t[i]) and np.isfinite(o[i])):
-            step = -_I32(step != 0 and not (np.isnan(t[i]) and np.isnan(o[i])))
-        most = _I32(max(most, step))
-        steps[i] = _I16(min(step, _I32(0x7FFF)))
-    return _I64(most)
+        x, y = _I16(target[i]), _I16(out[i])
+        x_size, y_size = _I16(x & _I16(0x7FFF)), _I16(y & _I16(0x7FFF))
+        largest = _U16(max(largest, max(_U16(x_size), _U16(y_size))))
+        # Two's complement, in place of sign and magnitude, makes one sequence of all numbers, with one zero; and
+        # counted from its other end the differences need no sign.
+        x_sign, y_sign = _I16(x >> _I16(15)), _I16(y >> _I16(15))
+        x_place = _U16(_U16(_I16(_I16(x_size ^ x_sign) - x_sign)) ^ _U16(0x8000))
+        y_place = _U16(_U16(_I16(_I16(y_size ^ y_sign) - y_sign)) ^ _U16(0x8000))
+        steps[i] = _U16(max(x_place, y_place) - min(x_place, y_place))
+        most = _U16(max(most, steps[i]))
+    return _I64(most), _I64(largest)
 
 
 @njit(**_PLAIN)
-def _find_steps32(target: Array, out: Array, odd: bool, t: Array, o: Array, steps: Array) -> Any:
-    """As `_find_steps16`, of float32."""
+def _find_steps32(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
+    """As `_find_steps16`, of float32; ``steps`` end where uint16 does."""
+    most = largest = _U32(0)
+    for i in range(steps.size):
+        x, y = _I32(target[i]), _I32(out[i])
+        x_size, y_size = _I32(x & _I32(0x7FFFFFFF)), _I32(y & _I32(0x7FFFFFFF))
+        largest = _U32(max(largest, max(_U32(x_size), _U32(y_size))))
+        x_sign, y_sign = _I32(x >> _I32(31)), _I32(y >> _I32(31))
+        x_place = _U32(_U32(_I32(_I32(x_size ^ x_sign) - x_sign)) ^ _U32(0x80000000))
+        y_place = _U32(_U32(_I32(_I32(y_size ^ y_sign) - y_sign)) ^ _U32(0x80000000))
+        step = _U32(max(x_place, y_place) - min(x_place, y_place))
+        most = _U32(max(most, step))
+        steps[i] = _U16(min(step, _U32(0xFFFF)))
+    return _I64(most), _I64(largest)
+
+
+@njit(**_PLAIN)
+def _place(value: float) -> Any:
+    """The place of a float32 in the sequence of all of them."""
+    bits = _I64(_FLOAT(value).view(_U32))
+    return -(bits & 0x7FFFFFFF) if bits >> 31 else bits
+
+
+@njit(**_PLAIN)
+def _take_out_nonfinite(t: Array, v: Array, o: Array, steps: Array, counts: Array) -> Any:
+    """Count the changes from or to NaN and infinity, between which and other numbers there are no steps, and set
+    their steps to 0; returns the most of the others. Called where there are some, which is rare."""
     most = _I64(0)
     for i in range(steps.size):
-        x, y = _I64(target[i]), _I64(out[i])
-        x = -(x & 0x7FFFFFFF) if x >> 31 else x
-        y = -(y & 0x7FFFFFFF) if y >> 31 else y
-        step = abs(y - x)
-        if odd and not (np.isfinite(t[i]) and np.isfinite(o[i])):
-            step = -_I64(step != 0 and not (np.isnan(t[i]) and np.isnan(o[i])))
-        most = max(most, step)
-        steps[i] = _I16(min(step, _I64(0x7FFF)))
+        if np.isfinite(t[i]) and np.isfinite(o[i]):
+            cut_off = steps[i] == _U16(0xFFFF)
+            most = max(most, abs(_place(t[i]) - _place(o[i])) if cut_off else _I64(steps[i]))
+            continue
+        if steps[i] != _U16(0) and not (np.isnan(t[i]) and np.isnan(o[i])):
+            counts[CHANGED] += 1
+            # `_count_changes` will take it for one that is not changed.
+            counts[ABSORBED] -= v[i] != _FLOAT(0)
+        steps[i] = _U16(0)
     return most
 
 
 @njit(**_PLAIN)
-def _count_changed(v: Array, steps: Array, counts: Array) -> None:
+def _count_changes(v: Array, steps: Array, counts: Array) -> None:
+    """Largest magnitude and elements that are not 0, of v; elements that are changed, and that v could not change."""
     bits = v.view(_I32)
-    changed = absorbed = _I32(0)
-    for i in range(steps.size):
-        same = steps[i] == _I16(0)
-        changed = _I32(changed + _I32(not same))
-        absorbed = _I32(absorbed + _I32(same & (_I32(bits[i] & _I32(0x7FFFFFFF)) != _I32(0))))
+    largest = nonzero = changed = absorbed = _I32(0)
+    for i in range(v.size):
+        # As integers, magnitudes have their order, with NaN above all.
+        size = _I32(bits[i] & _I32(0x7FFFFFFF))
+        largest = _I32(max(largest, size))
+        moves, moved = size != _I32(0), steps[i] != _U16(0)
+        nonzero = _I32(nonzero + _I32(moves))
+        changed = _I32(changed + _I32(moved))
+        absorbed = _I32(absorbed + _I32(moves & (not moved)))
+    counts[V_MAX_BITS] = max(counts[V_MAX_BITS], _I64(largest))
+    counts[NONZERO] += nonzero
     counts[CHANGED] += changed
     counts[ABSORBED] += absorbed
 
@@ -297,17 +415,17 @@ def _count_changed(v: Array, steps: Array, counts: Array) -> None:
 @njit(**_PLAIN)
 def _count_steps(steps: Array, ulps: Array) -> None:
     """How many are at least 1, 2, 3, 5, 9, 17, 65 and 257."""
-    a = b = c = d = e = f = g = h = _I16(0)
+    a = b = c = d = e = f = g = h = _U16(0)
     for i in range(steps.size):
         step = steps[i]
-        a = _I16(a + _I16(step >= _I16(1)))
-        b = _I16(b + _I16(step >= _I16(2)))
-        c = _I16(c + _I16(step >= _I16(3)))
-        d = _I16(d + _I16(step >= _I16(5)))
-        e = _I16(e + _I16(step >= _I16(9)))
-        f = _I16(f + _I16(step >= _I16(17)))
-        g = _I16(g + _I16(step >= _I16(65)))
-        h = _I16(h + _I16(step >= _I16(257)))
+        a = _U16(a + _U16(step >= _U16(1)))
+        b = _U16(b + _U16(step >= _U16(2)))
+        c = _U16(c + _U16(step >= _U16(3)))
+        d = _U16(d + _U16(step >= _U16(5)))
+        e = _U16(e + _U16(step >= _U16(9)))
+        f = _U16(f + _U16(step >= _U16(17)))
+        g = _U16(g + _U16(step >= _U16(65)))
+        h = _U16(h + _U16(step >= _U16(257)))
     for place, count in enumerate((a, b, c, d, e, f, g, h)):
         ulps[place] += count
 
@@ -363,27 +481,26 @@ def _measure(
     ``t`` is the target, ``target`` the same as raw elements of the dtype ``code``, as ``out`` is. ``first`` is the
     strip's first element, in the block; ``o`` and ``steps`` are scratch.
     """
-    nonfinite = _has_nonfinite(out, code)
-    odd = nonfinite or (level != NOTHING and _has_nonfinite(target, code))
-    if odd or level == FULL:
-        _widen(out, code, o)
-    if nonfinite:
-        _count_nonfinite(t, v, o, first, counts)
     if level == NOTHING:
+        if _has_nonfinite(out, code):
+            _widen(out, code, o)
+            _count_nonfinite(t, v, o, first, counts)
         return
-    _look_at_vector(v, counts)
-    if level == FULL:
-        _add_sums(t, v, o, alpha, sums)
-    else:
-        _add_squares(t, v, sums)
     if code == _F32:
-        most = _find_steps32(target.view(_U32), out.view(_U32), odd, t, o, steps)
+        most, largest = _find_steps32(target.view(_U32), out.view(_U32), steps)
     else:
-        most = _find_steps16(target.view(_U16), out.view(_U16), odd, t, o, steps)
-    _count_changed(v, steps, counts)
+        most, largest = _find_steps16(target.view(_U16), out.view(_U16), steps)
+    if largest >= _INFINITY[code]:
+        _widen(out, code, o)
+        _count_nonfinite(t, v, o, first, counts)
+        most = _take_out_nonfinite(t, v, o, steps, counts)
+    _count_changes(v, steps, counts)
     counts[ULPS_MAX] = max(counts[ULPS_MAX], most)
     if level == FULL:
+        _add_sums(t, v, out, code, alpha, sums)
         _count_steps(steps, counts[ULPS:])
+    else:
+        _add_squares(t, v, sums)
 
 
 @njit(**_PLAIN)
@@ -422,13 +539,15 @@ def _combine(
     output and a column a vector, ``outs`` (bytes, contiguous) a row an output, which gets elements of dtype ``code``
     from byte ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest.
     ``weighted`` says what is measured as v: the weighted sum of the vectors, or the one that there is. The measures are
-    added to ``sums`` (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 4 rows and
-    two for each output, ``spare`` (bytes) has 3 and ``steps`` (int16) is one, all of at least `STRIP` elements.
+    added to ``sums`` (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 3 rows and
+    two for each output, ``spare`` (bytes) has 3 and ``steps`` (uint16) is one, all of at least `STRIP` elements.
     """
     width = _WIDTHS[code]
+    by_chance = keys.size > 0 and code != _F32
     for first in range(0, count, STRIP):
         n = min(STRIP, count - first)
-        t, d, other, o = scratch[0, :n], scratch[1, :n], scratch[2, :n], scratch[3, :n]
+        t, d, o = scratch[0, :n], scratch[1, :n], scratch[2, :n]
+        low, high = at + first * width, at + (first + n) * width
         # What the output would be without any vector.
         base = spare[0, : n * width]
         if target_code == NO_TENSOR:
@@ -445,35 +564,40 @@ def _combine(
         if vectors.shape[0] == 0:
             _fill(d, 0)
             for k in range(outs.shape[0]):
-                _copy(t, scratch[4 + 2 * k, :n])
-                _fill(scratch[5 + 2 * k, :n], 0)
+                _copy(t, scratch[3 + 2 * k, :n])
+                _fill(scratch[4 + 2 * k, :n], 0)
         for number in range(vectors.shape[0]):
             size = _WIDTHS[vectors[number, 1]]
             _widen(_aligned(arena, vectors[number, 0] + first * size, n, size, spare[2]), vectors[number, 1], d)
             if vectors[number, 3] != NO_TENSOR:
                 size = _WIDTHS[vectors[number, 3]]
-                _widen(_aligned(arena, vectors[number, 2] + first * size, n, size, spare[2]), vectors[number, 3], other)
-                _subtract(d, other)
-            for k in range(outs.shape[0]):
-                acc, v, alpha = scratch[4 + 2 * k, :n], scratch[5 + 2 * k, :n], alphas[k, number]
-                if weighted and number == 0:
-                    _fill(v, 0)
-                if alpha != 0:
-                    _scale_and_add(t if number == 0 else acc, d, alpha, acc)
-                    if weighted:
-                        _scale_and_add(v, d, alpha, v)
+                raw = _aligned(arena, vectors[number, 2] + first * size, n, size, spare[2])
+                _subtract(d, raw, vectors[number, 3])
+            for k in range(outs.shape[0] if target_code != NO_TENSOR else 0):
+                acc, v, alpha = scratch[3 + 2 * k, :n], scratch[4 + 2 * k, :n], alphas[k, number]
+                if weighted:
+                    if number == 0:
+                        _fill(v, 0)
+                    if alpha != 0:
+                        _add_scaled(v, d, alpha)
+                if alpha != 0 and number == vectors.shape[0] - 1 and not by_chance:
+                    _scale_add_and_narrow(t if number == 0 else acc, d, alpha, code, outs[k, low:high])
+                elif number > 0 and alpha != 0:
+                    _add_scaled(acc, d, alpha)
+                elif number == 0 and alpha != 0:
+                    _scale_and_add(t, d, alpha, acc)
                 elif number == 0:
                     _copy(t, acc)
         for k in range(outs.shape[0]):
-            out = outs[k, at + first * width : at + (first + n) * width]
-            acc = d if target_code == NO_TENSOR else scratch[4 + 2 * k, :n]
+            out = outs[k, low:high]
+            acc = d if target_code == NO_TENSOR else scratch[3 + 2 * k, :n]
             if target_code == code and not alphas[k].any():
                 _copy(base, out)
-            elif keys.size and code != _F32:
-                _narrow_by_chance(acc, code, out, first_element + first, keys)
-            else:
+            elif by_chance:
+                _narrow_by_chance(acc, code, out, first_element + first, keys, scratch[2].view(_U32))
+            elif target_code == NO_TENSOR or vectors.shape[0] == 0 or alphas[k, -1] == 0:
                 _narrow(acc, code, out)
-            v = scratch[5 + 2 * k, :n] if weighted else d
+            v = scratch[4 + 2 * k, :n] if weighted else d
             alpha64 = 1.0 if weighted or vectors.shape[0] == 0 else _DOUBLE(alphas[k, 0])
             _measure(level, t, base, v, alpha64, out, code, first, o, steps[:n], sums[k], counts[k])
             if target_code == NO_TENSOR and level != NOTHING:
