@@ -16,7 +16,7 @@ from functools import cached_property
 
 from blake3 import blake3
 
-from rv_distributed.checkpoint.card import build_card, license_fields, model_name
+from rv_distributed.checkpoint.card import build_card, license_fields, metadata_of, model_name
 from rv_distributed.checkpoint.index import INDEX_FILE, build_index
 from rv_distributed.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -174,13 +174,13 @@ def versions() -> dict[str, str]:
 
 def _license_of(checkpoint: Checkpoint) -> dict[str, str]:
     """The licence in the metadata of a checkpoint's own model card, if it has one."""
-    from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     path = os.path.join(checkpoint.uri, _CARD_FILE)
     try:
         if os.path.getsize(path) > _MAX_CARD_BYTES:
             return {}
-        return license_fields(metadata_load(path) or {})
+        with open(path, encoding="utf-8-sig") as file:
+            return license_fields(metadata_of(file.read()))
     except (OSError, ValueError, RecursionError, YAMLError):
         return {}
