@@ -14,20 +14,21 @@ def slow_reads() -> None:
     """Let this process read no faster than the file says; all of its threads together."""
     import threading
 
-    from rv_distributed.storage.ranges import RangeReader
+    from rv_distributed.runtime.arena import Arena
 
     path = os.environ.get(RATE)
     rate = float(Path(path).read_text()) if path and Path(path).exists() else 0.0
     if not rate:
         return
-    plain, free = RangeReader.read, [time.monotonic()]
+    plain, free = Arena.need, [time.monotonic()]
     lock = threading.Lock()
 
-    def read(self: RangeReader, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
+    def need(self: Arena, at: int, nbytes: int) -> None:
+        before = self.bytes_read
+        plain(self, at, nbytes)
         with lock:
-            free[0] = max(free[0], time.monotonic()) + nbytes / rate
+            free[0] = max(free[0], time.monotonic()) + (self.bytes_read - before) / rate
             until = free[0]
-        plain(self, buffer, at, offset, nbytes)
         time.sleep(max(0.0, until - time.monotonic()))
 
-    RangeReader.read = read  # type: ignore[method-assign]
+    Arena.need = need  # type: ignore[method-assign]

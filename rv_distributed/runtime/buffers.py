@@ -7,6 +7,8 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
+Bytes = npt.NDArray[np.uint8]
+
 
 class Buffer:
     """Anonymous memory, ``pinned`` for a GPU's copies if asked. ``view`` is its bytes, ``array`` the same for NumPy."""
@@ -25,7 +27,7 @@ class Buffer:
         size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self._memory)
-        self.array: npt.NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8)
+        self.array: Bytes = np.frombuffer(self._memory, np.uint8)
         if self._pinned:
             import torch
 

@@ -6,8 +6,8 @@ from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Operand, Span
+from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
-from rv_distributed.runtime.compute import Bytes
 from rv_distributed.runtime.model import WorkerConfig
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from rv_distributed.errors import PieceError
 from rv_distributed.plan import PieceTask
+from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
@@ -58,7 +59,9 @@ class _Stream:
 
     def __init__(self, config: WorkerConfig) -> None:
         self._folder, self._chunk_bytes = config.outputs[0], config.chunk_bytes
-        self._arena, self._made = Buffer(config.chunk_bytes), Buffer(config.chunk_bytes)
+        self._processor = threading.Semaphore(1)
+        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor)
+        self._made = Buffer(config.chunk_bytes)
         # An aligned read begins up to one block before the chunk and ends up to one behind it.
         self._stored = Buffer(config.chunk_bytes + 2 * ALIGNMENT)
         self._computer = PartComputer(config, config.device)
@@ -67,18 +70,26 @@ class _Stream:
         found: list[Difference] = []
         for chunk in cut_chunks(task, self._chunk_bytes):
             names = tuple(task.spans[part.span].name for part in chunk.parts)
-            self._arena.grow(chunk.arena_bytes)
-            for read in chunk.reads:
-                _read(read.path, self._arena, read.at, read.offset, read.nbytes, names)
-            nbytes = chunk.stop - chunk.start
             at = chunk.start % ALIGNMENT
-            _read(f"{self._folder}/{task.shard_name}", self._stored, at, chunk.start, nbytes, names)
+            self._read_stored(task.shard_name, at, chunk.start, chunk.stop - chunk.start, names)
             self._made.view[: len(chunk.literal)] = chunk.literal
-            for part in chunk.parts:
-                span, out = task.spans[part.span], self._made.array[np.newaxis, :]
-                self._computer.compute(span, part, self._arena.array, out, chunk.start)
+            self._arena.load(chunk, names)
+            with self._processor:
+                for part in chunk.parts:
+                    out = self._made.array[np.newaxis, :]
+                    for _ in self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start):
+                        pass
             found += self._differences(task, chunk, at)
         return found
+
+    def _read_stored(self, shard: str, at: int, offset: int, nbytes: int, names: tuple[str, ...]) -> None:
+        path = f"{self._folder}/{shard}"
+        try:
+            with closing(RangeReader(path)) as reader:
+                reader.read(self._stored.view, at, offset, nbytes)
+        except OSError as error:
+            cause = f"cannot be read: {error.strerror or error}"
+            raise PieceError(cause, path, offset, offset + nbytes, names) from error
 
     def _differences(self, task: PieceTask, chunk: Chunk, at: int) -> Iterator[Difference]:
         places: list[tuple[str | None, int, int]] = [(None, 0, len(chunk.literal))]
@@ -93,12 +104,3 @@ class _Stream:
                 first, last = int(wrong[0]), int(wrong[-1])
                 begin = chunk.start + start
                 yield Difference(task.shard_name, name, begin + first, begin + last + 1)
-
-
-def _read(path: str, buffer: Buffer, at: int, offset: int, nbytes: int, names: tuple[str, ...]) -> None:
-    try:
-        with closing(RangeReader(path)) as reader:
-            reader.read(buffer.view, at, offset, nbytes)
-    except OSError as error:
-        cause = f"cannot be read: {error.strerror or error}"
-        raise PieceError(cause, path, offset, offset + nbytes, names) from error

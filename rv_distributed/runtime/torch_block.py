@@ -13,8 +13,8 @@ import torch
 from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Operand, Span
+from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
-from rv_distributed.runtime.compute import Bytes
 from rv_distributed.runtime.model import WorkerConfig
 
 

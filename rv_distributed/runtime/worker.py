@@ -1,7 +1,7 @@
 """The worker: reads, computes and writes pieces. No ray in it; every runtime runs this one.
 
 A worker holds a fixed number of streams. A stream takes one piece at a time and goes through it in chunks:
-read the sources into its arena, compute block by block into its output buffers, write those. There is no
+read the sources into its arena, compute and hash block by block into its output buffers, write those. There is no
 queue between the steps: while one stream waits for the storage another computes, and memory is
 ``streams × (arena + output buffers)`` whatever the model's size. No more streams compute at once than the worker
 has processors.
@@ -14,9 +14,7 @@ import queue
 import socket
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 from blake3 import blake3
@@ -24,14 +22,13 @@ from blake3 import blake3
 from rv_distributed.errors import PieceError, UsageError
 from rv_distributed.measures import Leaf, add_up
 from rv_distributed.plan import PieceTask
-from rv_distributed.runtime.buffers import Buffer
+from rv_distributed.runtime.arena import Arena
+from rv_distributed.runtime.buffers import Buffer, Bytes
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
-from rv_distributed.runtime.compute import Bytes, PartComputer
+from rv_distributed.runtime.compute import PartComputer
 from rv_distributed.runtime.model import PieceResult, SpanResult, Waited, WorkerConfig
 from rv_distributed.runtime.select import may_have_gpus
-from rv_distributed.storage.ranges import RangeReader, RangeWriter
-
-_OPEN_FILES: Final = 16
+from rv_distributed.storage.ranges import RangeWriter
 
 
 class Stopped(Exception):
@@ -89,17 +86,16 @@ class _Stream:
         self._config = config
         self._stop = stop
         self._computing = computing
-        self._arena = Buffer(config.chunk_bytes, pinned=device != "cpu")
+        self._arena = Arena(config.chunk_bytes, pinned=device != "cpu", processor=computing)
         buffer = Buffer(config.chunk_bytes * len(config.outputs), pinned=device != "cpu")
         self._outs = buffer.array.reshape(len(config.outputs), config.chunk_bytes)
         self._computer = PartComputer(config, device)
-        self._readers: OrderedDict[str, RangeReader] = OrderedDict()
 
     def make(self, task: PieceTask, worker: str) -> PieceResult:
         hashers = [[blake3() for _ in task.spans] for _ in self._outs]
         leaves: list[list[list[Leaf]]] = [[[] for _ in self._outs] for _ in task.spans]
-        bytes_read = 0
-        read_s = compute_s = write_s = 0.0
+        compute_s = write_s = 0.0
+        read_before, read_s_before = self._arena.bytes_read, self._arena.read_s
         writers: list[RangeWriter] = []
         try:
             writers += [self._writer(task, folder) for folder in self._config.outputs]
@@ -107,15 +103,13 @@ class _Stream:
                 if self._stop.is_set():
                     raise Stopped
                 began = time.perf_counter()
-                bytes_read += self._read(task, chunk)
-                computing = time.perf_counter()
+                self._arena.load(chunk, _names(task, chunk))
                 with self._computing:
                     self._compute(task, chunk, leaves, hashers)
                 writing = time.perf_counter()
                 for writer, out in zip(writers, self._outs, strict=True):
                     self._write(task, writer, out, chunk)
-                read_s += computing - began
-                compute_s += writing - computing
+                compute_s += writing - began
                 write_s += time.perf_counter() - writing
         finally:
             for writer in writers:
@@ -128,19 +122,10 @@ class _Stream:
             for number in range(len(self._outs))
         )
         bytes_written = (task.piece.stop - task.piece.start) * len(self._outs)
-        waited = Waited(read_s, compute_s, write_s)
+        read_s = self._arena.read_s - read_s_before
+        waited = Waited(read_s, compute_s - read_s, write_s)
+        bytes_read = self._arena.bytes_read - read_before
         return PieceResult(task.piece.number, outputs, bytes_read, bytes_written, waited, worker)
-
-    def _read(self, task: PieceTask, chunk: Chunk) -> int:
-        self._arena.grow(chunk.arena_bytes)
-        for read in chunk.reads:
-            try:
-                self._reader(read.path).read(self._arena.view, read.at, read.offset, read.nbytes)
-            except OSError as error:
-                cause = f"cannot be read: {error.strerror or error}"
-                stop = read.offset + read.nbytes
-                raise PieceError(cause, read.path, read.offset, stop, _names(task, chunk)) from error
-        return sum(read.nbytes for read in chunk.reads)
 
     def _compute(
         self, task: PieceTask, chunk: Chunk, leaves: list[list[list[Leaf]]], hashers: Sequence[Sequence[blake3]]
@@ -148,10 +133,13 @@ class _Stream:
         """Fill the output buffers; ``leaves`` by span and output, ``hashers`` by output and span, take it in."""
         self._outs[:, : len(chunk.literal)] = np.frombuffer(chunk.literal, np.uint8)
         for part in chunk.parts:
-            made = self._computer.compute(task.spans[part.span], part, self._arena.array, self._outs, chunk.start)
-            for number, (out, more) in enumerate(zip(self._outs, made, strict=True)):
-                leaves[part.span][number] += more
-                hashers[number][part.span].update(out[part.at : part.at + part.nbytes].data)
+            for start, stop, found in self._computer.compute(
+                task.spans[part.span], part, self._arena, self._outs, chunk.start
+            ):
+                for number, leaf in enumerate(found):
+                    leaves[part.span][number].append(leaf)
+                for out, of_spans in zip(self._outs, hashers, strict=True):
+                    of_spans[part.span].update(out[start:stop].data)
 
     def _write(self, task: PieceTask, writer: RangeWriter, out: Bytes, chunk: Chunk) -> None:
         try:
@@ -161,13 +149,6 @@ class _Stream:
         except OSError as error:
             cause = f"cannot be written: {error.strerror or error}"
             raise PieceError(cause, writer.path, chunk.start, chunk.stop, _names(task, chunk)) from error
-
-    def _reader(self, path: str) -> RangeReader:
-        reader = self._readers.pop(path, None) or RangeReader(path)
-        self._readers[path] = reader
-        if len(self._readers) > _OPEN_FILES:
-            self._readers.popitem(last=False)[1].close()
-        return reader
 
     def _writer(self, task: PieceTask, folder: str) -> RangeWriter:
         path = f"{folder}/{task.shard_name}"

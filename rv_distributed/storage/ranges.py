@@ -40,7 +40,7 @@ class RangeReader:
         at a page and to hold the last aligned block whole, and the rest of the aligned blocks that are
         touched may be scribbled over. Raises OSError, also when the file is too short.
         """
-        done = self._read_cached(buffer[at : at + nbytes], offset) if self._ask_cache else 0
+        done = self.read_cached(buffer[at : at + nbytes], offset)
         if done == nbytes:
             return
         direct = nbytes - done >= DIRECT_MIN_BYTES and (at - offset) % ALIGNMENT == 0
@@ -52,11 +52,12 @@ class RangeReader:
         window = buffer[at + start - offset : at + stop - offset]
         _read_fully(self._direct_fd, window, start, offset + nbytes - start, self.path)
 
-    def _read_cached(self, window: memoryview, offset: int) -> int:
-        """Copy what the page cache holds at once; the number of bytes copied."""
+    def read_cached(self, window: memoryview, offset: int) -> int:
+        """Copy what the page cache holds of file bytes from ``offset`` on, up to the first that it does not, and wait
+        for nothing; the number of bytes copied. Raises OSError."""
         done = 0
         try:
-            while done < len(window):
+            while self._ask_cache and done < len(window):
                 count = os.preadv(self._fd, [window[done:]], offset + done, _RWF_NOWAIT)
                 if count == 0:
                     break

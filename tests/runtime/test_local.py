@@ -24,16 +24,16 @@ def test_a_read_that_never_returns_ends_the_run_and_the_next_one_resumes(
     ]
     out, answer = tmp_path / "out", threading.Event()
     plan = rv.PlanOptions(piece_bytes=1 << 20)
-    read = RangeReader.read
+    read_cached = RangeReader.read_cached
 
-    def hanging(self: RangeReader, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
+    def hanging(self: RangeReader, window: memoryview, offset: int) -> int:
         if offset > 2_000_000:
             answer.wait()
-        read(self, buffer, at, offset, nbytes)
+        return read_cached(self, window, offset)
 
     t, a, b = map(str, folders)
     with monkeypatch.context() as patch:
-        patch.setattr(RangeReader, "read", hanging)
+        patch.setattr(RangeReader, "read_cached", hanging)
         patch.setattr(local, "patience_s", lambda _task, _outputs: 1.0)
         one = rv.RunOptions(runtime="local", workers=1)
         try:

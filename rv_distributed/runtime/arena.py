@@ -1,0 +1,91 @@
+"""The memory that a chunk's sources are read into, a block at a time where that is cheap.
+
+What lies in the page cache is copied just before it is computed with, so that it is still in the processor's caches
+then. What does not is read for the whole chunk at once, as storage wants it.
+
+`Arena.load` says which chunk is to come; then `Arena.need` is called before any of its bytes are looked at.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_right
+from collections import OrderedDict
+from typing import Final
+
+from rv_distributed.errors import PieceError
+from rv_distributed.runtime.buffers import Buffer, Bytes
+from rv_distributed.runtime.chunks import Chunk, Read
+from rv_distributed.storage.ranges import RangeReader
+
+_OPEN_FILES: Final = 16
+
+
+class Arena:
+    """Source bytes of one chunk after another. Belongs to one thread at a time."""
+
+    def __init__(self, nbytes: int, *, pinned: bool, processor: threading.Semaphore) -> None:
+        """``processor`` is held by whoever calls `need`, who lets go of it while the storage is waited for."""
+        self._buffer = Buffer(nbytes, pinned=pinned)
+        self._processor = processor
+        self._readers: OrderedDict[str, RangeReader] = OrderedDict()
+        self._reads: tuple[Read, ...] = ()
+        self._places: list[int] = []
+        self._done: list[int] = []
+        self._names: tuple[str, ...] = ()
+        self.bytes_read = 0
+        """In all chunks so far."""
+        self.read_s = 0.0
+        """Seconds that it took."""
+
+    @property
+    def array(self) -> Bytes:
+        """The memory; another one after `load`."""
+        return self._buffer.array
+
+    def load(self, chunk: Chunk, names: tuple[str, ...]) -> None:
+        """Make room for a chunk of the tensors ``names``; the one before it is forgotten."""
+        self._buffer.grow(chunk.arena_bytes)
+        self._reads, self._names = chunk.reads, names
+        self._places = [read.at for read in chunk.reads]
+        self._done = [0] * len(chunk.reads)
+
+    def need(self, at: int, nbytes: int) -> None:
+        """Return once ``nbytes`` bytes from ``at``, which lie in one of the chunk's reads, are there.
+
+        Raises PieceError when they cannot be read.
+        """
+        number = bisect_right(self._places, at) - 1
+        read, done = self._reads[number], self._done[number]
+        wanted = at + nbytes - read.at
+        if wanted <= done:
+            return
+        began = time.perf_counter()
+        try:
+            reader = self._reader(read.path)
+            stop = done + reader.read_cached(self._buffer.view[read.at + done : at + nbytes], read.offset + done)
+            if stop < wanted:
+                self._wait_for(reader, read, stop)
+                stop = read.nbytes
+        except OSError as error:
+            cause = f"cannot be read: {error.strerror or error}"
+            raise PieceError(cause, read.path, read.offset, read.offset + read.nbytes, self._names) from error
+        self._done[number] = stop
+        self.bytes_read += stop - done
+        self.read_s += time.perf_counter() - began
+
+    def _wait_for(self, reader: RangeReader, read: Read, done: int) -> None:
+        """Read all that is left of a read."""
+        self._processor.release()
+        try:
+            reader.read(self._buffer.view, read.at + done, read.offset + done, read.nbytes - done)
+        finally:
+            self._processor.acquire()
+
+    def _reader(self, path: str) -> RangeReader:
+        reader = self._readers.pop(path, None) or RangeReader(path)
+        self._readers[path] = reader
+        if len(self._readers) > _OPEN_FILES:
+            self._readers.popitem(last=False)[1].close()
+        return reader

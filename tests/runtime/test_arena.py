@@ -1,0 +1,106 @@
+"""The arena: the right bytes by every path, large reads where the storage is waited for, and no processor held then."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rv_distributed.errors import PieceError
+from rv_distributed.runtime.arena import Arena
+from rv_distributed.runtime.chunks import Chunk, Read
+from rv_distributed.storage.ranges import ALIGNMENT, RangeReader
+
+NBYTES = 3 << 20
+CONTENT = np.random.default_rng(3).bytes(NBYTES)
+#: Begins off every alignment, as tensors in a file do.
+OFFSET = 1000
+BLOCK = 512 << 10
+
+
+def chunk_of(path: Path) -> Chunk:
+    at = 5 * ALIGNMENT + OFFSET % ALIGNMENT
+    return Chunk(0, NBYTES, b"", (Read(str(path), OFFSET, NBYTES - OFFSET, at),), (), at + NBYTES + ALIGNMENT)
+
+
+def arena_for(path: Path) -> tuple[Arena, int, threading.Semaphore]:
+    processor = threading.Semaphore(1)
+    arena = Arena(4096, pinned=False, processor=processor)
+    arena.load(chunk_of(path), ("w",))
+    return arena, chunk_of(path).reads[0].at, processor
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def drop(path: Path, start: int = 0) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), start, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize("cached_bytes", [NBYTES, 1 << 20, 0], ids=["cached", "cached in part", "not cached"])
+def test_every_block_is_there_once_it_is_needed(source: Path, cached_bytes: int) -> None:
+    drop(source, cached_bytes)
+    arena, at, processor = arena_for(source)
+    with processor:
+        for done in range(0, NBYTES - OFFSET, BLOCK):
+            nbytes = min(BLOCK, NBYTES - OFFSET - done)
+            arena.need(at + done, nbytes)
+            made = arena.array[at + done : at + done + nbytes].tobytes()
+            assert made == CONTENT[OFFSET + done : OFFSET + done + nbytes]
+    assert arena.bytes_read == NBYTES - OFFSET
+    assert arena.array[at : at + NBYTES - OFFSET].tobytes() == CONTENT[OFFSET:]
+
+
+class Recorder:
+    """Stands in for the methods of `RangeReader`; the first ``cached`` bytes of the file are in the cache."""
+
+    def __init__(self, cached: int, processor: list[threading.Semaphore]) -> None:
+        self.cached, self.processor = cached, processor
+        self.calls: list[tuple[str, int, int]] = []
+
+    def read_cached(self, _reader: RangeReader, window: memoryview, offset: int) -> int:
+        self.calls.append(("cached", offset, len(window)))
+        assert not self.processor[0].acquire(blocking=False), "a copy is work for a processor"
+        return max(0, min(len(window), self.cached - offset))
+
+    def read(self, _reader: RangeReader, _buffer: memoryview, _at: int, offset: int, nbytes: int) -> None:
+        self.calls.append(("read", offset, nbytes))
+        assert self.processor[0].acquire(blocking=False), "the processor is held while the storage is waited for"
+        self.processor[0].release()
+
+
+def test_what_is_not_cached_is_read_for_the_whole_chunk_at_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder: list[threading.Semaphore] = []
+    recorder = Recorder(OFFSET + BLOCK + 100, holder)
+    monkeypatch.setattr(RangeReader, "read_cached", lambda *args: recorder.read_cached(*args))
+    monkeypatch.setattr(RangeReader, "read", lambda *args: recorder.read(*args))
+    arena, at, processor = arena_for(source)
+    holder.append(processor)
+    with processor:
+        for done in (0, BLOCK, 2 * BLOCK, 3 * BLOCK):
+            arena.need(at + done, BLOCK)
+        arena.need(at, BLOCK)
+    rest = OFFSET + BLOCK + 100
+    assert recorder.calls == [
+        ("cached", OFFSET, BLOCK),
+        ("cached", OFFSET + BLOCK, BLOCK),
+        ("read", rest, NBYTES - rest),
+    ]
+
+
+def test_a_source_that_ends_too_early_is_named_and_the_processor_stays_with_its_holder(source: Path) -> None:
+    arena, at, processor = arena_for(source)
+    os.truncate(source, 2 << 20)
+    with processor:
+        with pytest.raises(PieceError, match=r"bytes 1000 to 3145728 \(tensor 'w'\): cannot be read: the file ends"):
+            arena.need(at, NBYTES - OFFSET)
+        assert not processor.acquire(blocking=False)
