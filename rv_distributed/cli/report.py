@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import OutputError, RunError, UsageError, one_line
-from rv_distributed.report import Format
 from rv_distributed.storage.publish import write_durably
 
 
 def report(
     outs: Annotated[list[str], typer.Argument(help="Folder of an output; several are compared.", metavar="OUT...")],
-    form: Annotated[Format, typer.Option("--format", help="html: one page with figures; md: tables.")] = "html",
+    form: Annotated[
+        Literal["html", "md"], typer.Option("--format", help="html: one page with figures; md: tables.")
+    ] = "html",
     out: Annotated[
         str | None,
         typer.Option(help="File to write, or - for stdout; NAME.report.html here if not given.", metavar="FILE"),
