@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 
+from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import PieceError
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Buffer
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
-from rv_distributed.runtime.model import WorkerConfig
-from rv_distributed.storage.ranges import ALIGNMENT, RangeReader
+from rv_distributed.runtime.model import MOST_REQUESTS, WorkerConfig
+from rv_distributed.storage import open_reader
+from rv_distributed.storage.ranges import ALIGNMENT
 
 
 class Difference(NamedTuple):
@@ -43,24 +45,26 @@ def recompute(tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[list
 
     def compare(task: PieceTask) -> list[Difference]:
         if not hasattr(streams, "own"):
-            streams.own = _Stream(config)
+            streams.own = _Stream(config, fetching)
         own: _Stream = streams.own
         return own.compare(task)
 
+    fetching = ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch")
     pool = ThreadPoolExecutor(config.streams)
     try:
         yield from pool.map(compare, tasks)
     finally:
         pool.shutdown(cancel_futures=True)
+        fetching.shutdown()
 
 
 class _Stream:
     """The buffers of one thread."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, fetching: Executor) -> None:
         self._folder, self._chunk_bytes = config.outputs[0], config.chunk_bytes
         self._processor = threading.Semaphore(1)
-        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor)
+        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor, fetching=fetching)
         self._made = Buffer(config.chunk_bytes)
         # An aligned read begins up to one block before the chunk and ends up to one behind it.
         self._stored = Buffer(config.chunk_bytes + 2 * ALIGNMENT)
@@ -83,9 +87,9 @@ class _Stream:
         return found
 
     def _read_stored(self, shard: str, at: int, offset: int, nbytes: int, names: tuple[str, ...]) -> None:
-        path = f"{self._folder}/{shard}"
+        path = join(self._folder, shard)
         try:
-            with closing(RangeReader(path)) as reader:
+            with closing(open_reader(path)) as reader:
                 reader.read(self._stored.view, at, offset, nbytes)
         except OSError as error:
             cause = f"cannot be read: {error.strerror or error}"

@@ -148,15 +148,21 @@ def _state(blob: Any) -> str:
     return str(blob.md5_hash or f"{blob.size}-{blob.crc32c or blob.generation}")
 
 
+def _reason(error: Exception, response: Any) -> str:
+    """What the store itself says, if it says something."""
+    try:
+        return one_line(str(response.json()["error"]["message"]))
+    except (AttributeError, ValueError, KeyError, TypeError):
+        return one_line(getattr(response, "reason", None) or str(error))
+
+
 _KNOWN: Final = (GoogleAPIError, GoogleAuthError, InvalidResponse, requests.RequestException)
 
 
 def _translated(error: Exception, path: str) -> OSError:
-    status = getattr(error, "code", None)
     response = getattr(error, "response", None)
-    if not isinstance(status, int):
-        status = getattr(response, "status_code", 0)
-    reason = one_line(str(getattr(error, "message", None) or error)).partition("https://")[0].rstrip(": ")
+    status = int(getattr(response, "status_code", 0))
+    reason = _reason(error, response)
     if isinstance(error, DefaultCredentialsError):
         text = "no Google credentials were found: run gcloud auth application-default login, set "
         text += "GOOGLE_APPLICATION_CREDENTIALS, or add ?anonymous=true"

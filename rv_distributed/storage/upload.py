@@ -31,8 +31,8 @@ class ShardUpload:
         self._part = bytearray(min(nbytes, self._part_bytes))
         self._spare: list[bytearray] = []
         self._filled = self._end = self._sent = 0
-        self._upload: Upload | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._begun: tuple[Upload, ThreadPoolExecutor] | None = None
+        """None as long as there is no more than one part."""
         self._sending: deque[tuple[Future[None], bytearray]] = deque()
 
     def write(self, window: memoryview, offset: int) -> None:
@@ -51,32 +51,34 @@ class ShardUpload:
     def finish(self) -> str:
         if self._end != self._nbytes:
             raise ValueError(f"{self.path} has {self._end} bytes of {self._nbytes}")
-        if self._upload is None:
+        if self._begun is None:
             data = bytes(self._part)
             return patiently(lambda: self._store.put(self._key, data))
         self._send_part()
         while self._sending:
             self._settle()
-        state = self._upload.finish()
-        self._upload = None
+        state = self._begun[0].finish()
+        self._begun[1].shutdown()
+        self._begun = None
         return state
 
     def close(self) -> None:
-        if self._pool is not None:
-            # Waits for parts that are under way: one that arrived after the abort would stay.
-            self._pool.shutdown(cancel_futures=True)
-        if self._upload is not None:
-            with suppress(OSError):
-                self._upload.abort()
+        if self._begun is None:
+            return
+        upload, pool = self._begun
+        # Waits for parts that are under way: one that arrived after the abort would stay.
+        pool.shutdown(cancel_futures=True)
+        with suppress(OSError):
+            upload.abort()
 
     def _send_part(self) -> None:
-        if self._upload is None:
-            self._upload = patiently(lambda: self._store.upload(self._key, self._nbytes, self._part_bytes))
-            self._pool = ThreadPoolExecutor(min(PARTS_IN_FLIGHT, self._upload.parallel), "rv-upload")
-        upload, number, part = self._upload, self._sent, self._part
+        if self._begun is None:
+            begun = patiently(lambda: self._store.upload(self._key, self._nbytes, self._part_bytes))
+            self._begun = begun, ThreadPoolExecutor(min(PARTS_IN_FLIGHT, begun.parallel), "rv-upload")
+        upload, pool = self._begun
+        number, part = self._sent, self._part
         data = part if self._filled == len(part) else part[: self._filled]
-        assert self._pool is not None
-        self._sending.append((self._pool.submit(patiently, lambda: upload.send(number, data)), part))
+        self._sending.append((pool.submit(patiently, lambda: upload.send(number, data)), part))
         self._sent += 1
         if len(self._sending) > PARTS_IN_FLIGHT:
             self._settle()

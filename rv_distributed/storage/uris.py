@@ -68,13 +68,13 @@ def parse_store_uri(text: str) -> StoreUri:
     unknown = [name for name, _ in options if name not in known]
     if unknown:
         raise UsageError(
-            f"{shown}: {scheme}:// has no option {', '.join(unknown)}; it takes {', '.join(sorted(known))}. Credentials "
-            "are not given in a URI, but in the environment or where the storage's own tools look for them."
+            f"{shown}: {scheme}:// has no option {', '.join(unknown)}; it takes {', '.join(sorted(known))}. "
+            "Credentials are not given in a URI, but in the environment or where the storage's own tools look for them."
         )
     if not is_text(text) or any(part in (".", "..") for part in path.split("/")) or "#" in text:
         raise UsageError(f"{shown!r} is no address of a folder; write for instance {scheme}://bucket/folder")
     user, at, host = authority.rpartition("@")
-    if at and (scheme != "abfs" and scheme != "abfss" and (scheme, user) != ("gs", "anonymous") or ":" in user):
+    if at and ((scheme != "abfs" and scheme != "abfss" and (scheme, user) != ("gs", "anonymous")) or ":" in user):
         raise UsageError(
             f"{shown}: credentials are not given in a URI, where logs and manifests would keep them. Set them in the "
             "environment, or where the storage's own tools look for them."

@@ -135,6 +135,7 @@ def _compare(plan: Plan, pieces: Sequence[Piece], output: str, progress: VerifyP
         streams=sizing.streams,
         cpus=usable_cpus(),
         chunk_bytes=sizing.chunk_bytes,
+        arenas=1,
         stats="none",
         arithmetic=plan.arithmetic,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Final
 
 from blake3 import blake3
@@ -23,7 +24,8 @@ from rv_distributed.checkpoint.manifest import (
 from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of, read_table, shard_digest
 from rv_distributed.errors import Finding, InputError, Problem, VerifyError
 from rv_distributed.runtime.select import usable_cpus
-from rv_distributed.storage import PosixFolder, open_folder
+from rv_distributed.storage import Folder, open_folder, open_reader
+from rv_distributed.storage.ranges import ALIGNMENT
 
 _READ_BYTES: Final = 8 << 20
 
@@ -72,7 +74,7 @@ def verify(uri: str, *, progress: VerifyProgress | None = None) -> Manifest:
     return manifest
 
 
-def open_output(uri: str) -> tuple[PosixFolder, Manifest, list[Finding]]:
+def open_output(uri: str) -> tuple[Folder, Manifest, list[Finding]]:
     """The folder of an output, its manifest, and what is found when that was changed but can still be read.
 
     Raises as `verify`.
@@ -92,7 +94,7 @@ def open_output(uri: str) -> tuple[PosixFolder, Manifest, list[Finding]]:
     return folder, manifest, []
 
 
-def _check_index(folder: PosixFolder, manifest: Manifest, rows: list[TensorRow]) -> list[Finding]:
+def _check_index(folder: Folder, manifest: Manifest, rows: list[TensorRow]) -> list[Finding]:
     try:
         weight_map = parse_index(folder.read(INDEX_FILE))
     except IndexFormatError as error:
@@ -103,7 +105,7 @@ def _check_index(folder: PosixFolder, manifest: Manifest, rows: list[TensorRow])
 
 
 def _check_shards(
-    folder: PosixFolder, shards: list[ShardEntry], rows: list[TensorRow], progress: VerifyProgress | None
+    folder: Folder, shards: list[ShardEntry], rows: list[TensorRow], progress: VerifyProgress | None
 ) -> list[Finding]:
     by_shard: dict[str, list[TensorRow]] = {shard.name: [] for shard in shards}
     for row in rows:
@@ -127,7 +129,7 @@ def _check_shards(
     return findings
 
 
-def _check_layout(folder: PosixFolder, shard: ShardEntry, rows: list[TensorRow]) -> list[Finding]:
+def _check_layout(folder: Folder, shard: ShardEntry, rows: list[TensorRow]) -> list[Finding]:
     """Compare a shard's header with the table, and both with the digest in the manifest."""
     # By the table, which is as it was written: the length in the header itself may be what was changed.
     stop = min((row.start for row in rows), default=shard.bytes)
@@ -156,15 +158,12 @@ def _check_layout(folder: PosixFolder, shard: ShardEntry, rows: list[TensorRow])
 
 def _hash(path: str, start: int, stop: int) -> str:
     digest = blake3()
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        buffer = memoryview(bytearray(min(_READ_BYTES, stop - start)))
+    buffer = memoryview(mmap.mmap(-1, _READ_BYTES + 2 * ALIGNMENT))
+    with closing(open_reader(path)) as reader:
         while start < stop:
-            count = os.preadv(fd, [buffer[: stop - start]], start)
-            if count == 0:
-                break
-            digest.update(buffer[:count])
+            count = min(_READ_BYTES, stop - start)
+            at = start % ALIGNMENT
+            reader.read(buffer, at, start, count)
+            digest.update(buffer[at : at + count])
             start += count
-    finally:
-        os.close(fd)
     return digest.hexdigest()

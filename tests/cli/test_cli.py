@@ -222,13 +222,13 @@ def test_the_demo_ends_with_the_same_bytes_both_ways(tmp_path: Path) -> None:
 FAILING = """
 import errno, sys
 import rv_distributed.verification as verification
-from rv_distributed.staging import Staging
+from rv_distributed.staging.posix import PosixStaging
 
 def fail(*_, **__):
     raise OSError(errno.EIO, "Input/output error", "/models/shard")
 
 verification.verify = fail
-Staging.finished = fail
+PosixStaging.finished = fail
 from rv_distributed.cli import main
 main()
 """

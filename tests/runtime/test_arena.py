@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def chunk_of(path: Path) -> Chunk:
 
 def arena_for(path: Path) -> tuple[Arena, int, threading.Semaphore]:
     processor = threading.Semaphore(1)
-    arena = Arena(4096, pinned=False, processor=processor)
+    arena = Arena(4096, pinned=False, processor=processor, fetching=ThreadPoolExecutor(1))
     arena.load(chunk_of(path), ("w",))
     return arena, chunk_of(path).reads[0].at, processor
 
