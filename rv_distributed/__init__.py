@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rv_distributed.api import apply, extract, transfer
+    from rv_distributed.api import apply, extract, push, transfer
     from rv_distributed.checkpoint.manifest import Manifest
     from rv_distributed.checkpoint.model import Checkpoint, Tensor
     from rv_distributed.errors import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rv_distributed.job import Job, prepare
     from rv_distributed.opening import open_checkpoint
     from rv_distributed.plan import PlanOptions
+    from rv_distributed.pushing import Pushed
     from rv_distributed.recipe import Recipe, Vector
     from rv_distributed.runtime.select import RunOptions
     from rv_distributed.verification import verify, verify_against_inputs
@@ -54,6 +55,7 @@ __all__ = [
     "PlanOptions",
     "Problem",
     "Progress",
+    "Pushed",
     "Recipe",
     "RunError",
     "RunOptions",
@@ -68,6 +70,7 @@ __all__ = [
     "extract",
     "open_checkpoint",
     "prepare",
+    "push",
     "transfer",
     "verify",
     "verify_against_inputs",
@@ -89,6 +92,7 @@ _HOMES = {
     "PlanOptions": "rv_distributed.plan",
     "Problem": "rv_distributed.errors",
     "Progress": "rv_distributed.watching",
+    "Pushed": "rv_distributed.pushing",
     "Share": "rv_distributed.watching",
     "Recipe": "rv_distributed.recipe",
     "RunError": "rv_distributed.errors",
@@ -103,6 +107,7 @@ _HOMES = {
     "extract": "rv_distributed.api",
     "open_checkpoint": "rv_distributed.opening",
     "prepare": "rv_distributed.job",
+    "push": "rv_distributed.api",
     "transfer": "rv_distributed.api",
     "verify": "rv_distributed.verification",
     "verify_against_inputs": "rv_distributed.verification",

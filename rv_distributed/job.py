@@ -23,6 +23,7 @@ from rv_distributed.errors import InputError, OutputError, PieceError, Problem, 
 from rv_distributed.identity import identity_of
 from rv_distributed.opening import open_checkpoint, same_weights
 from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan, misfits, task_of
+from rv_distributed.pushing import hub_target, local_stage, push_folder, push_problem
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer, check_unchanged
 from rv_distributed.results import piece_rows
@@ -30,8 +31,10 @@ from rv_distributed.runtime.model import PieceResult, Runtime, WorkerConfig
 from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpus
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to_read, size_buffers
 from rv_distributed.staging import Record, Staging, open_staging, published, tidy
-from rv_distributed.storage import PosixFolder, open_folder, resolve_output
+from rv_distributed.storage import HUB, PosixFolder, open_folder, resolve_output
 from rv_distributed.storage.places import Room, check_rooms, place_problems, rooms
+from rv_distributed.storage.publish import remove
+from rv_distributed.storage.uris import HubUri
 from rv_distributed.watching import ProgressCallback, Watch
 
 
@@ -44,6 +47,8 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     if len(outs) != len(recipe.alphas):
         raise UsageError("give each alpha an output of its own")
     outs = [resolve_output(out) for out in outs]
+    pushes = {number: hub_target(out) for number, out in enumerate(outs) if out.startswith(HUB)}
+    outs = [local_stage(pushes[number]) if number in pushes else out for number, out in enumerate(outs)]
     if any(map(is_remote, outs)):
         # There a piece cannot begin in the middle of a file.
         plan_options = replace(plan_options, piece_bytes=WHOLE_SHARDS)
@@ -62,6 +67,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     complete = _complete(plan, outs, run_options) if plan is not None else {}
     unmade = [out for number, out in enumerate(outs) if number not in complete]
     places = place_problems(unmade, opened.values(), overwrite=run_options.overwrite)
+    places += [problem for problem in map(push_problem, pushes.values()) if problem is not None]
     if problems or plan is None:
         raise InputError([*problems, *places])
     if places:
@@ -70,7 +76,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     streams = _most_streams(run_options) if runtime == "local" else 2 * run_options.cpus_per_worker
     remote_outputs = sum(map(is_remote, outs))
     sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options), remote_outputs=remote_outputs)
-    return Job(recipe, opened, plan, tuple(outs), complete, run_options, runtime, sizing)
+    return Job(recipe, opened, plan, tuple(outs), pushes, complete, run_options, runtime, sizing)
 
 
 def _complete(plan: Plan, outs: Sequence[str], options: RunOptions) -> dict[int, Manifest]:
@@ -172,6 +178,8 @@ class Job:
     plan: Plan
     outs: tuple[str, ...]
     """Absolute paths or URIs, one an output."""
+    pushes: Mapping[int, HubUri]
+    """Where on the Hub outputs go afterwards, by number; then they are removed here."""
     complete: Mapping[int, Manifest]
     """Outputs that an earlier run of the same command has published, by number: there is nothing to do for them."""
     options: RunOptions
@@ -227,6 +235,9 @@ class Job:
         # Last of all: until every output is published, each place tells a next run which of them are.
         for out in self.outs:
             tidy(out)
+        for number, place in self.pushes.items():
+            push_folder(self.outs[number], place)
+            remove(self.outs[number])
         return tuple((made | dict(self.complete))[number] for number in range(len(self.outs)))
 
     def _make(self, progress: ProgressCallback | None) -> dict[int, Manifest]:

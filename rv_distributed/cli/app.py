@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from rv_distributed import __version__
-from rv_distributed.cli import bench, demo, inspect, merge, report, submit, verify
+from rv_distributed.cli import bench, demo, inspect, merge, push, report, submit, verify
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
@@ -30,6 +30,7 @@ app.command()(merge.apply)
 app.command()(merge.transfer)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
+app.command()(push.push)
 app.command()(report.report)
 app.command()(bench.bench)
 app.command()(demo.demo)

@@ -61,7 +61,7 @@ def plan_summary(job: Job) -> str:
         checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
-    rows += [("output", f"{out}  (already complete)" if n in job.complete else out) for n, out in enumerate(job.outs)]
+    rows += [("output", _output(job, number)) for number in range(len(job.outs))]
     shards, pieces, rooms = len(job.plan.shards), len(job.plan.pieces), job.rooms
     each = " each" if len(job.outs) > 1 else ""
     rows += [
@@ -81,6 +81,12 @@ def plan_summary(job: Job) -> str:
             ("left out", f"{plural(len(job.plan.left_out), 'tensor')} with no place in the output: {names}{more}")
         )
     return "\n".join(f"{label:>10}  {one_line(text)}" for label, text in rows)
+
+
+def _output(job: Job, number: int) -> str:
+    out, place = job.outs[number], job.pushes.get(number)
+    text = f"{place}, made in {out} and then pushed" if place is not None else out
+    return f"{text}  (already complete)" if number in job.complete else text
 
 
 def _room(room: Room, count: int) -> str:

@@ -9,7 +9,7 @@ from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import UsageError
 from rv_distributed.plan import Operand, Plan, TensorPlan
 from rv_distributed.runtime.model import BLOCK_BYTES
-from rv_distributed.storage.upload import WRITER_BYTES
+from rv_distributed.storage.objects import WRITER_BYTES
 
 #: Large enough for full storage speed, small enough that many streams fit a small budget.
 CHUNK_BYTES = 4 << 20

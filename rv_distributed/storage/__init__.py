@@ -15,7 +15,7 @@ from rv_distributed.errors import UsageError, redacted
 from rv_distributed.storage.posix import PosixFolder, is_text
 from rv_distributed.storage.protocols import Folder, ObjectStore, Reader, ShardWriter
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
-from rv_distributed.storage.uris import is_store_uri, parse_store_uri
+from rv_distributed.storage.uris import is_store_uri, parse_hub_uri, parse_store_uri
 
 HUB: Final = "hf://"
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[^@\s]+)?")
@@ -66,7 +66,7 @@ def open_folder(uri: str | os.PathLike[str]) -> Folder:
     Hub has no such model."""
     place = resolve(uri)
     if place.startswith(HUB):
-        from rv_distributed.storage.hub import HubFolder, parse_hub_uri
+        from rv_distributed.storage.hub import HubFolder
 
         return HubFolder(parse_hub_uri(place))
     if is_remote(place):

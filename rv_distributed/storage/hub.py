@@ -14,7 +14,6 @@ from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import quote, unquote
 
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -31,39 +30,11 @@ from rv_distributed.storage.objects import ObjectReader, checked_names, read_all
 from rv_distributed.storage.posix import PosixFolder
 from rv_distributed.storage.protocols import Reader, TransientError
 from rv_distributed.storage.ranges import RangeReader
+from rv_distributed.storage.uris import HubUri, parse_hub_uri
 
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
-_REFERENCE: Final = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(?P<path>.*))?")
 _TAKEN_BYTES: Final = 1 << 20
 _PARTIAL_CONTENT: Final = 206
-
-
-class HubUri(NamedTuple):
-    """``hf://org/name@revision/path``."""
-
-    repo: str
-    revision: str | None
-    path: str
-    """Of a folder or a file in the repository; empty for all of it."""
-
-    def __str__(self) -> str:
-        revision = f"@{quote(self.revision, safe='')}" if self.revision is not None else ""
-        return f"hf://{self.repo}{revision}{f'/{self.path}' if self.path else ''}"
-
-
-def parse_hub_uri(uri: str) -> HubUri:
-    """Raises UsageError."""
-    org, _, rest = uri.removeprefix("hf://").partition("/")
-    name, at, rest = rest.partition("@") if "@" in rest else (rest, "", "")
-    name, _, path = name.partition("/")
-    revision = None
-    if at and (found := _REFERENCE.fullmatch(rest)):
-        revision, path = unquote(found["revision"]), found["path"] or ""
-    path = path.strip("/")
-    odd = any(part in (".", "..") for part in (org, name, *path.split("/"))) or "?" in uri or "#" in uri
-    if not org or not name or odd or bool(at) != bool(revision):
-        raise UsageError(f"{one_line(uri)} names no repository; write for instance hf://org/name or hf://org/name@main")
-    return HubUri(f"{org}/{name}", revision, path)
 
 
 class HubFolder:
@@ -135,13 +106,13 @@ def _list(repo: str, revision: str | None) -> _Listing:
         remedy = (
             "Check the name; for a private or gated model, log in (hf auth login, or HF_TOKEN) and accept its terms."
         )
-        raise InputError([Problem(where, f"cannot be read from the Hub: {_explained(error)}", remedy)]) from error
+        raise InputError([Problem(where, f"cannot be read from the Hub: {explained(error)}", remedy)]) from error
     except HFValidationError as error:
         raise UsageError(f"{where} names no repository: {one_line(str(error))}") from error
     except Exception as error:
         # The client's HTTP library has had several names; what it raises has no base here to catch it by.
         remedy = "Check the revision and the network; a model that is in the cache can be used with HF_HUB_OFFLINE=1."
-        raise InputError([Problem(where, f"cannot be read from the Hub: {_explained(error)}", remedy)]) from error
+        raise InputError([Problem(where, f"cannot be read from the Hub: {explained(error)}", remedy)]) from error
     files = [
         FileState(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
         for file in info.siblings or ()
@@ -154,7 +125,7 @@ def _list_cached(repo: str, revision: str | None) -> _Listing:
         snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except Exception as error:
         where = str(HubUri(repo, revision, ""))
-        what = f"is not in the local cache, and HF_HUB_OFFLINE is set: {_explained(error)}"
+        what = f"is not in the local cache, and HF_HUB_OFFLINE is set: {explained(error)}"
         raise InputError([Problem(where, what, "Unset HF_HUB_OFFLINE, or download the model first.")]) from error
     files = [
         FileState(found.name, found.size, os.path.basename(os.path.realpath(snapshot / found.name)))
@@ -194,16 +165,16 @@ class _Files:
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status == 429 or status >= 500:
-                raise TransientError(errno.EIO, f"the Hub did not answer well: {_explained(error)}", path) from error
+                raise TransientError(errno.EIO, f"the Hub did not answer well: {explained(error)}", path) from error
             kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(status, OSError)
-            raise kind(errno.EACCES if status in (401, 403) else errno.ENOENT, _explained(error), path) from error
+            raise kind(errno.EACCES if status in (401, 403) else errno.ENOENT, explained(error), path) from error
         except OSError as error:
             if isinstance(error, ConnectionError):  # HF_HUB_OFFLINE
-                raise OSError(errno.EIO, _explained(error), path) from error
+                raise OSError(errno.EIO, explained(error), path) from error
             raise
         except Exception as error:
             # See `_list`: of a transfer, whatever the HTTP library raises means that it was cut short.
-            raise TransientError(errno.EIO, f"the connection failed: {_explained(error)}", path) from error
+            raise TransientError(errno.EIO, f"the connection failed: {explained(error)}", path) from error
 
 
 def _stream(url: str, headers: dict[str, str], timeout_s: float) -> Generator[bytes, None, None]:
@@ -218,6 +189,6 @@ def _stream(url: str, headers: dict[str, str], timeout_s: float) -> Generator[by
         yield from response.iter_bytes(_TAKEN_BYTES)
 
 
-def _explained(error: Exception) -> str:
+def explained(error: Exception) -> str:
     """An error of huggingface_hub in a line."""
     return one_line(" ".join(str(error).split()) or type(error).__name__)

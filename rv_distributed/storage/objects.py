@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from rv_distributed.checkpoint.model import FileState
 from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import InputError, Problem
@@ -20,6 +17,12 @@ from rv_distributed.storage.protocols import ObjectStore, TransientError
 OWN_FOLDER: Final = ".rv/"
 #: Large reads go in requests of this size: small enough to come again after an error, large enough to be few.
 REQUEST_BYTES: Final = 16 << 20
+#: Of what a shard is sent in, unless it is so large that there would be too many.
+PART_BYTES: Final = 8 << 20
+#: Parts that are on their way while the next one is filled.
+PARTS_IN_FLIGHT: Final = 4
+#: What the writer of a shard holds.
+WRITER_BYTES: Final = PART_BYTES * (PARTS_IN_FLIGHT + 1)
 _MOST_TRIES: Final = 6
 _FIRST_WAIT_S: Final = 0.2
 _LONGEST_WAIT_S: Final = 10.0
@@ -88,8 +91,7 @@ class ObjectReader:
         self._source, self.path, self._key = source, path, key
 
     def read(self, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
-        window = np.frombuffer(buffer, np.uint8)[at : at + nbytes]
-        done = _read_into(self._source, self._key, window, offset)
+        done = _read_into(self._source, self._key, buffer[at : at + nbytes], offset)
         if done < nbytes:
             text = f"the object ends at byte {offset + done}; it was longer when it was opened"
             raise OSError(errno.EIO, text, self.path)
@@ -101,14 +103,16 @@ class ObjectReader:
         pass
 
 
-def _read_into(source: Source, key: str, window: npt.NDArray[np.uint8], offset: int) -> int:
+def _read_into(source: Source, key: str, window: memoryview, offset: int) -> int:
     """Fill ``window``; how much of it was there. What came before an error does not come again."""
-    done = 0
+    # Only workers need it. It lets go of the interpreter while it copies.
+    import numpy as np
+
+    to, done = np.frombuffer(window, np.uint8), 0
 
     def take(data: memoryview) -> None:
         nonlocal done
-        # NumPy lets go of the interpreter while it copies.
-        window[done : done + len(data)] = np.frombuffer(data, np.uint8)
+        to[done : done + len(data)] = np.frombuffer(data, np.uint8)
         done += len(data)
 
     patiently(lambda: source.fetch(key, offset + done, offset + len(window), take), lambda: done)

@@ -9,14 +9,9 @@ from typing import Final
 
 import numpy as np
 
-from rv_distributed.storage.objects import patiently
+from rv_distributed.storage.objects import PART_BYTES, PARTS_IN_FLIGHT, patiently
 from rv_distributed.storage.protocols import ObjectStore, Upload
 
-PART_BYTES: Final = 8 << 20
-#: Parts that are on their way while the next one is filled.
-PARTS_IN_FLIGHT: Final = 4
-#: What a writer of an ordinary shard holds.
-WRITER_BYTES: Final = PART_BYTES * (PARTS_IN_FLIGHT + 1)
 #: Most parts of an upload that stores take.
 _MOST_PARTS: Final = 10_000
 

@@ -6,9 +6,11 @@ the environment, from files or from the machine's own identity, as each store's 
 
 from __future__ import annotations
 
+import re
 from typing import Final, NamedTuple
+from urllib.parse import quote, unquote
 
-from rv_distributed.errors import UsageError, redacted
+from rv_distributed.errors import UsageError, one_line, redacted
 from rv_distributed.storage.posix import is_text
 
 #: The options of each scheme.
@@ -31,6 +33,7 @@ _OPTIONS: Final[dict[str, frozenset[str]]] = {
 }
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "viewfs": "hdfs"}
 STORES: Final = frozenset(_OPTIONS)
+_REFERENCE: Final = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(?P<path>.*))?")
 
 
 class StoreUri(NamedTuple):
@@ -94,3 +97,31 @@ def is_store_uri(text: str) -> bool:
 def truth(text: str | None) -> bool:
     """Whether an option says yes."""
     return text is not None and text.lower() in ("1", "true", "yes")
+
+
+class HubUri(NamedTuple):
+    """``hf://org/name@revision/path``."""
+
+    repo: str
+    revision: str | None
+    path: str
+    """Of a folder or a file in the repository; empty for all of it."""
+
+    def __str__(self) -> str:
+        revision = f"@{quote(self.revision, safe='')}" if self.revision is not None else ""
+        return f"hf://{self.repo}{revision}{f'/{self.path}' if self.path else ''}"
+
+
+def parse_hub_uri(uri: str) -> HubUri:
+    """Raises UsageError."""
+    org, _, rest = uri.removeprefix("hf://").partition("/")
+    name, at, rest = rest.partition("@") if "@" in rest else (rest, "", "")
+    name, _, path = name.partition("/")
+    revision = None
+    if at and (found := _REFERENCE.fullmatch(rest)):
+        revision, path = unquote(found["revision"]), found["path"] or ""
+    path = path.strip("/")
+    odd = any(part in (".", "..") for part in (org, name, *path.split("/"))) or "?" in uri or "#" in uri
+    if not org or not name or odd or bool(at) != bool(revision):
+        raise UsageError(f"{one_line(uri)} names no repository; write for instance hf://org/name or hf://org/name@main")
+    return HubUri(f"{org}/{name}", revision, path)
