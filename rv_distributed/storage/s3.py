@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -26,6 +27,7 @@ _CONNECTIONS: Final = 64
 _TAKEN_BYTES: Final = 1 << 20
 _PARALLEL_PARTS: Final = 4
 _DELETED_AT_ONCE: Final = 1000
+_PARTIAL_CONTENT: Final = 206
 _MISSING: Final = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound", "NoSuchUpload"})
 _TAKEN: Final = frozenset({"412", "PreconditionFailed", "409", "ConditionalRequestConflict"})
 _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
@@ -69,17 +71,21 @@ class S3Store:
     def fetch(self, key: str, start: int, stop: int | None, take: Callable[[memoryview], None]) -> None:
         if stop is not None and start >= stop:
             return
-        wanted = f"bytes={start}-{'' if stop is None else stop - 1}"
+        wanted = {} if start == 0 and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         with self._naming(key):
             try:
-                body = self._client.get_object(Bucket=self._bucket, Key=key, Range=wanted)["Body"]
+                answer = self._client.get_object(Bucket=self._bucket, Key=key, **wanted)
             except ClientError as error:
                 if _code(error) in ("416", "InvalidRange"):
                     return
                 raise
-            with body:
-                while data := body.read(_TAKEN_BYTES):
+            if start and answer["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL_CONTENT:
+                raise OSError(errno.EIO, "the store sends whole objects where a part was asked for", self._named(key))
+            left = sys.maxsize if stop is None else stop - start
+            with answer["Body"] as body:
+                while left > 0 and (data := body.read(min(left, _TAKEN_BYTES))):
                     take(memoryview(data))
+                    left -= len(data)
 
     def put(self, key: str, data: bytes, *, only_new: bool = False) -> str:
         with self._naming(key):
