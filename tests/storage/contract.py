@@ -72,7 +72,7 @@ class FolderContract:
             assert b"".join(parts) == LARGE
         assert read(path, 3, len(LARGE)) == LARGE[3:]
 
-    def test_what_is_missing_is_named(self, folder: Folder, place: Place) -> None:
+    def test_what_is_missing_is_named(self, folder: Folder) -> None:
         with pytest.raises(FileNotFoundError) as missing:
             folder.read("nothing")
         assert "nothing" in str(missing.value.filename)
@@ -139,7 +139,7 @@ class StoreContract(FolderContract):
     def test_parts_that_do_not_follow_each_other_are_refused(self, root: str) -> None:
         with closing(open_writer(root, "shard", 10)) as writer:
             writer.write(memoryview(b"12345"), 0)
-            with pytest.raises(ValueError, match="byte 6 of .* came instead of byte 5"):
+            with pytest.raises(ValueError, match=r"byte 6 of .* came instead of byte 5"):
                 writer.write(memoryview(b"7890"), 6)
             with pytest.raises(ValueError, match="has 5 bytes of 10"):
                 writer.finish()
