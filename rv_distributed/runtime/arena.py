@@ -13,7 +13,9 @@ import threading
 import time
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, wait
+from contextlib import contextmanager
 from typing import Final
 
 from rv_distributed.errors import PieceError
@@ -106,18 +108,20 @@ class Arena:
         self._fetches = {}
 
     def _wait_for_fetches(self, number: int) -> None:
-        self._processor.release()
-        try:
+        with self._off_the_processor():
             for fetch in self._fetches[number]:
                 fetch.result()
-        finally:
-            self._processor.acquire()
 
     def _wait_for(self, reader: Reader, read: Read, done: int) -> None:
         """Read all that is left of a read."""
+        with self._off_the_processor():
+            reader.read(self._buffer.view, read.at + done, read.offset + done, read.nbytes - done)
+
+    @contextmanager
+    def _off_the_processor(self) -> Iterator[None]:
         self._processor.release()
         try:
-            reader.read(self._buffer.view, read.at + done, read.offset + done, read.nbytes - done)
+            yield
         finally:
             asked = time.perf_counter()
             self._processor.acquire()
