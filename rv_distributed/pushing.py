@@ -6,6 +6,7 @@ That upload is resumable: what has arrived is not sent again.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.index import INDEX_FILE
@@ -83,14 +84,17 @@ def push_folder(folder: str, place: HubUri, *, public: bool = False, create_pr: 
         api.create_repo(place.repo, private=not public, exist_ok=True)
         if place.revision is not None and not place.revision.startswith("refs/"):
             api.create_branch(place.repo, branch=place.revision, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=place.repo,
-            folder_path=folder,
-            revision=place.revision,
-            create_pr=create_pr,
-            commit_message="Made with rv_distributed",
-            delete_patterns=_REPLACED,
-        )
+        with warnings.catch_warnings():
+            # The tables of an output are no data set that went astray.
+            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+            done = api.upload_folder(
+                repo_id=place.repo,
+                folder_path=folder,
+                revision=place.revision,
+                create_pr=create_pr,
+                commit_message="Made with rv_distributed",
+                delete_patterns=_REPLACED,
+            )
         revision = f"refs/pr/{done.pr_num}" if create_pr else place.revision
         info = api.model_info(place.repo, revision=revision, files_metadata=True)
     except Exception as error:

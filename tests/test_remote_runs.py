@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +10,8 @@ import numpy as np
 import pytest
 from reference import weights, write_checkpoint
 from refusal import run_rv
-from servers.proxy import Proxy, proxy_to, times
 from servers.stores import BUCKET, S3_SECRETS, StoreServer, fake_gcs, moto, s3_client, unfinished_uploads
 
-import rv_distributed as rv
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.storage import open_folder, open_store
 

@@ -30,6 +30,10 @@ def push(
       rv push out org/name
       rv push out org/name --public --revision v2
     """
+    if json or quiet:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
     from rv_distributed.api import push as push_output
 
     pushed = push_output(out, repository, public=public, revision=revision, create_pr=create_pr)

@@ -9,13 +9,20 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
@@ -35,6 +42,11 @@ from rv_distributed.storage.uris import HubUri, parse_hub_uri
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 _TAKEN_BYTES: Final = 1 << 20
 _PARTIAL_CONTENT: Final = 206
+_BEHIND_THE_END: Final = 416
+#: What an address that was good for some time answers afterwards.
+_EXPIRED: Final = (401, 403, 404)
+#: Where files are, of this process's; addresses without which the Hub would be asked for every range.
+_LOCATIONS: Final[dict[HubUri, str]] = {}
 
 
 class HubFolder:
@@ -103,9 +115,8 @@ def _list(repo: str, revision: str | None) -> _Listing:
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     except (RepositoryNotFoundError, GatedRepoError) as error:
-        remedy = (
-            "Check the name; for a private or gated model, log in (hf auth login, or HF_TOKEN) and accept its terms."
-        )
+        local = "" if os.path.lexists(repo) else f"There is no local folder {repo}, either. "
+        remedy = f"{local}For a private or gated model, log in (hf auth login, or HF_TOKEN) and accept its terms."
         raise InputError([Problem(where, f"cannot be read from the Hub: {explained(error)}", remedy)]) from error
     except HFValidationError as error:
         raise UsageError(f"{where} names no repository: {one_line(str(error))}") from error
@@ -150,16 +161,19 @@ class _Files:
         if stop is not None and start >= stop:
             return
         wanted = f"bytes={start}-{'' if stop is None else stop - 1}"
-        headers = {**build_hf_headers(), "range": wanted, "accept-encoding": "identity"}
-        url = hf_hub_url(self._place.repo, key, revision=self._place.revision)
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with self._naming(key), closing(_stream(url, headers, timeout)) as chunks:
-            for data in chunks:
-                take(memoryview(data))
+        place = self._place._replace(path=key)
+        with self._naming(place):
+            location = _LOCATIONS.get(place) or _locate(place)
+            try:
+                _stream(location, wanted, take)
+            except HfHubHTTPError as error:
+                if error.response.status_code not in _EXPIRED:
+                    raise
+                _stream(_locate(place), wanted, take)
 
     @contextmanager
-    def _naming(self, key: str) -> Iterator[None]:
-        path = str(self._place._replace(path=key))
+    def _naming(self, place: HubUri) -> Iterator[None]:
+        path = str(place)
         try:
             yield
         except HfHubHTTPError as error:
@@ -177,18 +191,30 @@ class _Files:
             raise TransientError(errno.EIO, f"the connection failed: {explained(error)}", path) from error
 
 
-def _stream(url: str, headers: dict[str, str], timeout_s: float) -> Generator[bytes, None, None]:
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout_s) as response:
-        if response.status_code == 416:
-            return  # the range begins behind the end
+def _locate(place: HubUri) -> str:
+    """Where the bytes of a file are: mostly not on the Hub itself, which is to be asked once, not for every range."""
+    url = hf_hub_url(place.repo, place.path, revision=place.revision)
+    _LOCATIONS[place] = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).location
+    return _LOCATIONS[place]
+
+
+def _stream(location: str, wanted: str, take: Callable[[memoryview], None]) -> None:
+    # The token is for the Hub alone: elsewhere the address itself gives access.
+    is_hub = location.startswith(f"{constants.ENDPOINT}/")
+    headers = {**(build_hf_headers() if is_hub else {}), "range": wanted, "accept-encoding": "identity"}
+    timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", location, headers=headers, follow_redirects=True, timeout=timeout_s) as response:
+        if response.status_code == _BEHIND_THE_END:
+            return
         if response.status_code >= 400:
             response.read()
         hf_raise_for_status(response)
-        if response.status_code != _PARTIAL_CONTENT and headers["range"] != "bytes=0-":
+        if response.status_code != _PARTIAL_CONTENT and wanted != "bytes=0-":
             raise OSError(errno.EIO, "the server behind the Hub sends no ranges of files")
-        yield from response.iter_bytes(_TAKEN_BYTES)
+        for data in response.iter_bytes(_TAKEN_BYTES):
+            take(memoryview(data))
 
 
 def explained(error: Exception) -> str:
     """An error of huggingface_hub in a line."""
-    return one_line(" ".join(str(error).split()) or type(error).__name__)
+    return one_line(" ".join(str(error).split()).rstrip(".") or type(error).__name__)
