@@ -7,14 +7,15 @@ removed, and a file counts as new when a look just before finds none.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from pyarrow import ArrowException
-from pyarrow.fs import FileSelector, FileSystem, FileType
+from pyarrow.fs import AzureFileSystem, FileSelector, FileSystem, FileType
 
-from rv_distributed.errors import one_line
+from rv_distributed.errors import UsageError, one_line
 from rv_distributed.storage.protocols import StoredObject, Upload
 from rv_distributed.storage.uris import StoreUri
 
@@ -23,30 +24,49 @@ _READ_BYTES: Final = 4 << 20
 
 def open_arrow_store(uri: StoreUri) -> ArrowStore:
     """The store behind an ``abfs://`` or ``hdfs://`` URI."""
+    key, token = os.environ.get("AZURE_STORAGE_KEY"), os.environ.get("AZURE_STORAGE_SAS_TOKEN")
     try:
+        if uri.scheme == "abfs" and (key or token):
+            return ArrowStore(*_azure_by_key(uri, key, token), uri, makes_folders=False)
         system, root = FileSystem.from_uri(str(uri))
     except (OSError, ArrowException) as error:
-        raise OSError(errno.EIO, one_line(str(error)), str(uri)) from error
+        raise UsageError(f"{uri} cannot be opened: {one_line(str(error))}") from error
     return ArrowStore(system, root, uri, makes_folders=uri.scheme == "hdfs")
+
+
+def _azure_by_key(uri: StoreUri, key: str | None, token: str | None) -> tuple[FileSystem, str]:
+    """Azure's file system with the account's key or a token of its own, which Arrow finds nowhere by itself."""
+    container, _, host = uri.authority.rpartition("@")
+    scheme = "http" if uri.option("enable_tls") in ("false", "0") else "https"
+    authorities = {name: uri.option(name) for name in ("blob_storage_authority", "dfs_storage_authority")}
+    system = AzureFileSystem(
+        host.partition(".")[0],
+        account_key=key,
+        sas_token=None if key else token,
+        blob_storage_scheme=scheme,
+        dfs_storage_scheme=scheme,
+        **{name: authority for name, authority in authorities.items() if authority},
+    )
+    return system, container
 
 
 class ArrowStore:
     """As `ObjectStore`: what lies below a folder of one of Arrow's file systems."""
 
     def __init__(self, system: Any, root: str, uri: StoreUri, *, makes_folders: bool) -> None:
-        self._system, self._root, self._uri = system, root.rstrip("/"), uri
+        self.system, self._root, self._uri = system, root.rstrip("/"), uri
         self._makes_folders = makes_folders
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         folder = self._path(prefix.rpartition("/")[0]).rstrip("/")
         with self._naming(prefix):
-            found = self._system.get_file_info(FileSelector(folder, recursive=True, allow_not_found=True))
+            found = self.system.get_file_info(FileSelector(folder, recursive=True, allow_not_found=True))
         for info in found:
             if info.type == FileType.File and self._key(info.path).startswith(prefix):
                 yield StoredObject(self._key(info.path), info.size, _state(info))
 
     def fetch(self, key: str, start: int, stop: int | None, take: Callable[[memoryview], None]) -> None:
-        with self._naming(key), self._system.open_input_file(self._path(key)) as file:
+        with self._naming(key), self.system.open_input_file(self._path(key)) as file:
             end = file.size() if stop is None else min(stop, file.size())
             for offset in range(start, end, _READ_BYTES):
                 take(memoryview(file.read_at(min(_READ_BYTES, end - offset), offset)))
@@ -68,7 +88,7 @@ class ArrowStore:
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             with self._naming(key), suppress(FileNotFoundError):
-                self._system.delete_file(self._path(key))
+                self.system.delete_file(self._path(key))
 
     def abort_uploads(self, prefix: str) -> int:  # noqa: ARG002 - as in the protocol
         """Nothing to do: what is not finished is a file like others, or goes after a week."""
@@ -76,13 +96,13 @@ class ArrowStore:
 
     def _info(self, key: str) -> Any:
         with self._naming(key):
-            return self._system.get_file_info(self._path(key))
+            return self.system.get_file_info(self._path(key))
 
     def _open(self, key: str) -> Any:
         with self._naming(key):
             if self._makes_folders:
-                self._system.create_dir(self._path(key).rpartition("/")[0], recursive=True)
-            return self._system.open_output_stream(self._path(key))
+                self.system.create_dir(self._path(key).rpartition("/")[0], recursive=True)
+            return self.system.open_output_stream(self._path(key))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if self._root else key

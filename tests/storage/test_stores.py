@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from contract import FolderContract, Place, StoreContract
 from pyarrow.fs import LocalFileSystem
-from servers.stores import S3_SECRETS, StoreServer, fake_gcs, has_s3rver, moto, s3rver
+from servers.stores import AZURE_SECRETS, S3_SECRETS, StoreServer, azurite, fake_gcs, has_node_servers, moto, s3rver
 
-from rv_distributed.storage import stores
+from rv_distributed.storage import open_folder, stores
 from rv_distributed.storage.arrow import ArrowStore
 from rv_distributed.storage.uris import StoreUri
 
@@ -20,7 +20,7 @@ _NUMBERS = itertools.count()
 
 @pytest.fixture(autouse=True)
 def _secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in S3_SECRETS.items():
+    for name, value in (S3_SECRETS | AZURE_SECRETS).items():
         monkeypatch.setenv(name, value)
 
 
@@ -37,6 +37,14 @@ def s3rver_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSer
 
 
 @pytest.fixture(scope="module")
+def azurite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(*next(iter(AZURE_SECRETS.items())))
+        with azurite(tmp_path_factory.mktemp("azurite")) as server:
+            yield server
+
+
+@pytest.fixture(scope="module")
 def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
     with fake_gcs(tmp_path_factory.mktemp("gcs")) as server:
         yield server
@@ -49,7 +57,7 @@ class TestMotoS3(StoreContract):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_s3rver(), reason="s3rver is not installed")
+@pytest.mark.skipif(not has_node_servers(), reason="no servers in Node are installed")
 class TestS3rver(StoreContract):
     @pytest.fixture
     def root(self, s3rver_server: StoreServer) -> str:
@@ -60,6 +68,21 @@ class TestGoogle(StoreContract):
     @pytest.fixture
     def root(self, gcs_server: StoreServer) -> str:
         return gcs_server.uri(f"test-{next(_NUMBERS)}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_node_servers(), reason="no servers in Node are installed")
+class TestAzurite(StoreContract):
+    @pytest.fixture
+    def root(self, azurite_server: StoreServer) -> str:
+        return azurite_server.uri(f"test-{next(_NUMBERS)}")
+
+    def test_a_state_is_that_of_the_content(self, place: Place) -> None:
+        """Arrow tells of Azure's objects only their size, and the second in which they were made."""
+        folder = open_folder(place("checkpoint", {"a": b"1"}))
+        before = folder.states(["a"])
+        place("checkpoint", {"a": b"22"})
+        assert folder.states(["a"]) != before
 
 
 class TestArrow(StoreContract):
