@@ -121,6 +121,8 @@ class ObjectStaging:
         for name, state in self._states.items():
             if name not in present or (state and present[name] != state):
                 raise RunError(f"{self.out}: {name} was removed or replaced by something else; run again to make it")
+        if MANIFEST_FILE in present:
+            raise self._overtaken()
         strays = [name for name in present if name not in self._states and not name.startswith(OWN_FOLDER)]
         self._place.delete(strays)
         digest = blake3(manifest).hexdigest()
@@ -131,7 +133,10 @@ class ObjectStaging:
         except FileExistsError:
             # Our own, when the answer to a first try was lost.
             if self._place.read(MANIFEST_FILE) != manifest:
-                raise OutputError(f"{self.out} was made by another run meanwhile. Give another --out.") from None
+                raise self._overtaken() from None
+
+    def _overtaken(self) -> OutputError:
+        return OutputError(f"{self.out} was made by another run meanwhile. Give another --out.")
 
     def close(self) -> None:
         self._closing.close()

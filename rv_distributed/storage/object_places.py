@@ -20,12 +20,12 @@ def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool) ->
 
     The last is found by writing a tiny object, which is removed again.
     """
-    for uri in inputs:
-        if is_remote(uri) and (within(uri, out) or within(out, uri)):
-            return Problem(out, f"the output and the input {uri} overlap", "Give another --out.")
     store, key = open_store(out)
     if not key:
         return Problem(out, "is a whole bucket", "Give a folder in it as --out.")
+    for uri in inputs:
+        if is_remote(uri) and (within(uri, out) or within(out, uri)):
+            return Problem(out, f"the output and the input {uri} overlap", "Give another --out.")
     try:
         names = {found.key.removeprefix(f"{key}/") for found in patiently(lambda: list(store.list(f"{key}/")))}
         is_ours = MANIFEST_FILE in names or any(name.startswith(OWN_FOLDER) for name in names)

@@ -60,9 +60,9 @@ def copy_in(server: StoreServer, models: Path, folder: str) -> None:
 
 
 def is_data(method: str, path: str) -> bool:
-    """Whether a request reads weights, or sends a part of a shard."""
-    reads = method == "GET" and ".safetensors" in path and ".json" not in path
-    return reads or (method == "PUT" and ("partNumber=" in path or "upload_id=" in path))
+    """Whether a request reads weights, or sends a shard or a part of one."""
+    of_weights = ".safetensors" in path and ".json" not in path
+    return (of_weights and method in ("GET", "PUT")) or "upload_id=" in path or "uploadType=multipart" in path
 
 
 def run_with_hub(hub: Hub, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIG, OPTIONS, ROLES, SHAPES, comparable, files_of, roles
 from reference import weights, write_checkpoint
 from refusal import run_rv
 from servers.stores import BUCKET, S3_SECRETS, StoreServer, fake_gcs, moto, s3_client
+
+from remote.checkpoints import CONFIG, OPTIONS, ROLES, SHAPES, comparable, files_of, roles
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from checkpoints import (
+from refusal import run_rv
+from servers.hub import TOKEN, hub_server
+from servers.stores import S3_SECRETS, StoreServer, unfinished_uploads
+
+from remote.checkpoints import (
     NUMBERS,
     OPTIONS,
     comparable,
@@ -16,10 +20,6 @@ from checkpoints import (
     run_with_hub,
     s3_roles,
 )
-from refusal import run_rv
-from servers.hub import TOKEN, hub_server
-from servers.stores import S3_SECRETS, StoreServer, unfinished_uploads
-
 from rv_distributed.storage import open_folder
 
 

@@ -33,8 +33,13 @@ class Proxy:
 
     port: int = 0
     trouble: Callable[[str, str], str | None] = lambda _method, _path: None
-    """By method and path: ``503`` and ``403`` are answered without the store, ``reset`` cuts the answer in the middle,
-    ``slow`` delays it, ``lost`` cuts it before it begins, after the store has done its work."""
+    """By method and path: ``503``, ``403`` and ``expired`` are answered without the store, ``reset`` cuts the answer
+    in the middle, ``slow`` delays it, ``lost`` cuts it before it begins, after the store has done its work, ``hang``
+    never answers."""
+    hanging: threading.Event = field(default_factory=threading.Event)
+    """Set when a request hangs."""
+    release: threading.Event = field(default_factory=threading.Event)
+    """Ends what hangs."""
     seen: list[Seen] = field(default_factory=list)
 
     def sent(self) -> int:
@@ -75,12 +80,18 @@ def proxy_to(upstream: int) -> Iterator[Proxy]:
         def _forward(self) -> None:
             body = _body_of(self)
             trouble = proxy.trouble(self.command, self.path)
-            if trouble in ("503", "403"):
-                _answer(self, int(trouble))
-                proxy.seen.append(Seen(self.command, self.path, len(body), 0, int(trouble)))
+            if trouble in _REFUSALS:
+                status, text = _REFUSALS[trouble]
+                _answer(self, status, text)
+                proxy.seen.append(Seen(self.command, self.path, len(body), 0, status))
                 return
             if trouble == "slow":
                 time.sleep(1.0)
+            if trouble == "hang":
+                proxy.hanging.set()
+                proxy.release.wait()
+                self.close_connection = True
+                return
             connection = http.client.HTTPConnection("127.0.0.1", upstream, timeout=60)
             headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
             if body or self.command in ("PUT", "POST"):
@@ -126,19 +137,23 @@ def proxy_to(upstream: int) -> Iterator[Proxy]:
     try:
         yield proxy
     finally:
+        proxy.release.set()
         server.shutdown()
         thread.join()
         server.server_close()
 
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "te", "trailer", "upgrade"}
-_DENIAL = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>not for you</Message></Error>"
-_OVERLOAD = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>reduce your rate</Message></Error>"
+_REFUSALS = {
+    "403": (403, "<Code>AccessDenied</Code><Message>not for you</Message>"),
+    "503": (503, "<Code>SlowDown</Code><Message>reduce your rate</Message>"),
+    "expired": (400, "<Code>ExpiredToken</Code><Message>the token is old</Message>"),
+}
 
 
-def _answer(handler: BaseHTTPRequestHandler, status: int) -> None:
-    body = _DENIAL if status == 403 else _OVERLOAD
-    if "/storage/v1/" in handler.path or "/api/" in handler.path:
+def _answer(handler: BaseHTTPRequestHandler, status: int, text: str) -> None:
+    body = f"<?xml version='1.0'?><Error>{text}</Error>".encode()
+    if "/storage/v1/" in handler.path:
         body = b'{"error": {"code": %d, "message": "not for you"}}' % status
     handler.send_response_only(status)
     handler.send_header("Content-Length", str(len(body)))
