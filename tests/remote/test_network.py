@@ -45,7 +45,7 @@ def test_every_byte_goes_over_the_wire_once(
         seen = [request for request in proxy.seen if is_data(request.method, request.path)]
         # Of small models, headers and samples are a part that counts; of large ones they are not.
         looked = 3 * 2 * (256 + 64) * 1024
-        assert 3 * weights * 0.99 <= sum(request.received for request in seen) <= 3 * weights + looked + 10_000
+        assert 3 * weights * 0.99 <= sum(request.received for request in seen) <= 3 * weights + looked + 50_000
         assert weights * 0.99 <= sum(request.sent for request in seen) <= weights * 1.01
 
 
