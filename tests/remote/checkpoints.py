@@ -65,9 +65,10 @@ def is_data(method: str, path: str) -> bool:
     return (of_weights and method in ("GET", "PUT")) or "upload_id=" in path or "uploadType=multipart" in path
 
 
-def run_with_hub(hub: Hub, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """``rv`` in a process of its own, for which ``hub`` is the Hub; ``folder`` is its current one."""
+def run_with_hub(hub: Hub, folder: Path, *args: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """``rv`` in a process of its own, for which ``hub`` is the Hub; ``folder`` is its current one, and ``more`` goes
+    into its environment."""
     env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "hf")}
     argv = [sys.executable, "-m", "rv_distributed", *args]
-    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
     return subprocess.run(argv, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
