@@ -14,7 +14,7 @@ from google.api_core.exceptions import GoogleAPIError, NotFound, RequestRangeNot
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError
 from google.cloud.storage import Client
-from google.cloud.storage.exceptions import InvalidResponse
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 from urllib3.exceptions import HTTPError
 
@@ -23,7 +23,7 @@ from rv_distributed.storage.protocols import StoredObject, TransientError, Uploa
 from rv_distributed.storage.uris import StoreUri, truth
 
 _CONNECTIONS: Final = 64
-_TIMEOUT_S: Final = (20, 60)
+_TIMEOUT_S: Final = (20, 30)
 #: Of the calls that the client repeats by itself.
 _RETRY: Final = DEFAULT_RETRY.with_timeout(90.0)
 _FIELDS: Final = "items(name,size,md5Hash,crc32c,generation),nextPageToken"
@@ -158,7 +158,7 @@ def _reason(error: Exception, response: Any) -> str:
 
 
 _CUT: Final = (requests.RequestException, HTTPError, ConnectionError)
-_KNOWN: Final = (GoogleAPIError, GoogleAuthError, InvalidResponse, *_CUT)
+_KNOWN: Final = (GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption, *_CUT)
 
 
 def _translated(error: Exception, path: str) -> OSError:

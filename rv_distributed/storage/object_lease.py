@@ -32,7 +32,12 @@ class ObjectLease:
         self._ended = threading.Event()
         self.lost = False
         """Whether a beat has found that `check` would raise."""
-        patiently(lambda: store.put(key, self._document(), only_new=True))
+        try:
+            patiently(lambda: store.put(key, self._document(), only_new=True))
+        except FileExistsError:
+            # It is this one when the answer to a first try was lost.
+            if _read(store, key).get("token") != self._holder["token"]:
+                raise
         self._beating = threading.Thread(target=self._beat, name="rv-lease", daemon=True)
         self._beating.start()
 

@@ -23,7 +23,7 @@ PART_BYTES: Final = 8 << 20
 PARTS_IN_FLIGHT: Final = 4
 #: What the writer of a shard holds.
 WRITER_BYTES: Final = PART_BYTES * (PARTS_IN_FLIGHT + 1)
-_MOST_TRIES: Final = 6
+_MOST_TRIES: Final = 9
 _FIRST_WAIT_S: Final = 0.2
 _LONGEST_WAIT_S: Final = 10.0
 

@@ -48,9 +48,10 @@ class S3Store:
         virtual = not has_own or truth(uri.option("force_virtual_addressing"))
         config = Config(
             max_pool_connections=_CONNECTIONS,
-            retries={"mode": "standard", "total_max_attempts": 6},
+            # Whoever calls is patient: see `objects.patiently`.
+            retries={"total_max_attempts": 1},
             connect_timeout=20,
-            read_timeout=60,
+            read_timeout=30,
             s3={"addressing_style": "auto" if virtual else "path"},
             # Checksums in trailers are unknown to many stores that speak S3; TLS and our own digests do without.
             request_checksum_calculation="when_required",
@@ -89,19 +90,19 @@ class S3Store:
 
     def put(self, key: str, data: bytes, *, only_new: bool = False) -> str:
         with self._naming(key):
-            if only_new and self._exists(key):
+            if only_new and self.state(key) is not None:
                 raise FileExistsError(errno.EEXIST, "exists already", self._named(key))
             condition = {"IfNoneMatch": "*"} if only_new else {}
             return _etag(self._client.put_object(Bucket=self._bucket, Key=key, Body=data, **condition))
 
-    def _exists(self, key: str) -> bool:
+    def state(self, key: str) -> str | None:
+        """The state of an object; None when there is none."""
         try:
-            self._client.head_object(Bucket=self._bucket, Key=key)
+            return _etag(self._client.head_object(Bucket=self._bucket, Key=key))
         except ClientError as error:
             if _code(error) in _MISSING:
-                return False
+                return None
             raise
-        return True
 
     def upload(self, key: str, nbytes: int, part_bytes: int) -> Upload:  # noqa: ARG002 - S3 needs to know neither
         with self._naming(key):
@@ -168,7 +169,14 @@ class _Multipart:
     def finish(self) -> str:
         parts = [{"PartNumber": number + 1, "ETag": self._etags[number]} for number in sorted(self._etags)]
         with self._store._naming(self._key):
-            made = self._store._client.complete_multipart_upload(**self._target, MultipartUpload={"Parts": parts})
+            try:
+                made = self._store._client.complete_multipart_upload(**self._target, MultipartUpload={"Parts": parts})
+            except ClientError as error:
+                # The answer to an earlier try may have been lost.
+                state = self._store.state(self._key) if _code(error) == "NoSuchUpload" else None
+                if state is None or not state.endswith(f"-{len(parts)}"):
+                    raise
+                return state
         return _etag(made)
 
     def abort(self) -> None:

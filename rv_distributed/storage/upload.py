@@ -52,7 +52,7 @@ class ShardUpload:
         self._send_part()
         while self._sending:
             self._settle()
-        state = self._begun[0].finish()
+        state = patiently(self._begun[0].finish)
         self._begun[1].shutdown()
         self._begun = None
         return state

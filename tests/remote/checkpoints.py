@@ -60,9 +60,10 @@ def copy_in(server: StoreServer, models: Path, folder: str) -> None:
 
 
 def is_data(method: str, path: str) -> bool:
-    """Whether a request reads weights, or sends a shard or a part of one."""
+    """Whether a request reads weights, or sends a shard or a part of one, or ends its upload."""
     of_weights = ".safetensors" in path and ".json" not in path
-    return (of_weights and method in ("GET", "PUT")) or "upload_id=" in path or "uploadType=multipart" in path
+    sends = of_weights and (method == "PUT" or "uploadId=" in path)
+    return (of_weights and method == "GET") or sends or "upload_id=" in path or "uploadType=multipart" in path
 
 
 def run_with_hub(hub: Hub, folder: Path, *args: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,19 @@ from servers.proxy import proxy_to, times
 from servers.stores import StoreServer, unfinished_uploads
 
 from remote.checkpoints import NUMBERS, OPTIONS, comparable, content_of, copy_in, is_data, s3_roles
+
+
+def twice_each(what: str, *, reads_only: bool) -> Callable[[str, str], str | None]:
+    """Trouble for the first two requests for the same data."""
+    asked: Counter[tuple[str, str]] = Counter()
+
+    def trouble(method: str, path: str) -> str | None:
+        if not is_data(method, path) or (reads_only and method != "GET"):
+            return None
+        asked[method, path] += 1
+        return what if asked[method, path] <= 2 else None
+
+    return trouble
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
@@ -22,8 +37,8 @@ def test_what_a_network_does_is_got_over(
     copy_in(server, models, in_s3)
     with proxy_to(server.port) as proxy:
         out = server.uri(f"faults-{next(NUMBERS)}", proxy.port)
-        hits = {"503": 5, "reset": 4, "lost": 3}[what]
-        proxy.trouble = times(hits, what, when=lambda method, path: is_data(method, path))
+        # fake-gcs-server adds a part that comes again a second time, as Google does not.
+        proxy.trouble = twice_each(what, reads_only=kind == "gs" and what != "503")
         done = run_rv("transfer", *s3_roles(server, in_s3, proxy.port), "--alpha", "0.7", "--out", out, *OPTIONS)
         assert done.status == 0, done.stderr
         assert comparable(content_of(server.uri(out.partition("models/")[2].partition("?")[0]))) == wanted

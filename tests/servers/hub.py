@@ -221,7 +221,7 @@ def _handler(hub: Hub, *, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
                 digest = hashlib.sha256(data).hexdigest()
                 hub.blobs[digest] = data
                 about |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{digest}"'}
-                where = f"http://127.0.0.1:{hub.cdn_port}/{digest}"
+                where = f"http://localhost:{hub.cdn_port}/{digest}"
                 self._say(302, b"", {**about, "Location": where})
             else:
                 self._file(data, about)
@@ -231,7 +231,7 @@ def _handler(hub: Hub, *, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
             for item in asked["objects"]:
                 entry: dict[str, Any] = {"oid": item["oid"], "size": item["size"], "authenticated": True}
                 if item["oid"] not in hub.blobs:
-                    href = f"http://127.0.0.1:{hub.cdn_port}/{item['oid']}"
+                    href = f"http://localhost:{hub.cdn_port}/{item['oid']}"
                     entry["actions"] = {"upload": {"href": href, "header": {}}}
                 objects.append(entry)
             self._json({"transfer": "basic", "objects": objects})
