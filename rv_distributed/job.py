@@ -303,7 +303,8 @@ class Job:
     def _worker_config(self, stagings: Sequence[Staging]) -> WorkerConfig:
         return WorkerConfig(
             outputs=tuple(staging.folder for staging in stagings),
-            alphas=tuple(self.plan.alphas[number] for number in self.todo),
+            numbers=self.todo,
+            weighted=self.plan.weighted,
             device=self.options.device,
             streams=self.sizing.streams,
             cpus=usable_cpus() if self.runtime == "local" else self.options.cpus_per_worker,

@@ -55,7 +55,6 @@ class Reducer:
     def __init__(self, plan: Plan, output: int, staging: Staging) -> None:
         self._plan = plan
         self._output = output
-        self._alphas = plan.alphas[output]
         self._staging = staging
         self._pieces: dict[int, tuple[SpanResult, ...]] = {}
 
@@ -92,11 +91,11 @@ class Reducer:
             files.append(self._write(sidecar.name, data))
         manifest = Manifest(
             operation=self._plan.operation,
-            formula=formula(self._plan, self._alphas),
+            formula=formula(self._plan, self._output),
             inputs=tuple(
                 InputEntry(item.role, item.uri, item.fingerprint, item.revision) for item in self._plan.inputs
             ),
-            alphas=() if self._plan.operation == "extract" else self._alphas,
+            alphas=() if self._plan.operation == "extract" else self._plan.alphas[self._output],
             options=dict(self._plan.options),
             versions=versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -151,16 +150,33 @@ def check_unchanged(plan: Plan) -> None:
                 )
 
 
-def formula(plan: Plan, alphas: tuple[float, ...]) -> str:
-    """What an output is, in symbols."""
+def formula(plan: Plan, output: int) -> str:
+    """What an output is, in symbols; α where it depends on the tensor."""
     if plan.operation == "extract":
         return "V = A − B"
-    if plan.operation == "transfer":
-        return f"O = T {_signed(alphas[0])}·(A − B)"
-    return "O = T" + "".join(f" {_signed(alpha)}·V{number}" for number, alpha in enumerate(alphas, 1))
+    numbered = plan.operation != "transfer"
+    named = [_SYMBOLS[item.role] for item in plan.inputs if item.role in _SYMBOLS]
+    alphas = plan.alphas[output]
+    terms = [
+        f"{_signed(alpha, number)}·{symbol.format(number if numbered else '')}"
+        for number, (alpha, symbol) in enumerate(zip(alphas, named, strict=True), 1)
+    ]
+    total = " ".join(terms)
+    options = dict(plan.options)
+    divided, scale = options.get("normalize") == "true", options.get("scale", "1")
+    if divided or scale != "1":
+        factor = "λ·" if scale == "by tensor" else f"{scale}·" if scale != "1" else ""
+        total = f"+ {factor}({total.removeprefix('+ ')}){' / Σα' if divided else ''}"
+    return f"O = T {total}" if plan.has_target else f"O = {total.removeprefix('+ ')}"
 
 
-def _signed(alpha: float) -> str:
+#: Of the vectors, by the roles of their first inputs.
+_SYMBOLS = {"vector": "V{0}", "donor": "(A{0} − B{0})", "model": "M{0}"}
+
+
+def _signed(alpha: float | None, number: int) -> str:
+    if alpha is None:
+        return f"+ α{number}"
     return f"{'−' if alpha < 0 else '+'} {show_alpha(abs(alpha))}"
 
 

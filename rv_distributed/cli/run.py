@@ -54,7 +54,8 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
 
 def plan_summary(job: Job) -> str:
     """What is going to happen, for people."""
-    rows = [("operation", f"{job.plan.operation}: {'; '.join(formula(job.plan, row) for row in job.plan.alphas)}")]
+    formulas = "; ".join(formula(job.plan, number) for number in range(len(job.outs)))
+    rows = [("operation", f"{job.plan.operation}: {formulas}")]
     if special := _arithmetic(job):
         rows.append(("arithmetic", special))
     for item in job.plan.inputs:
@@ -101,7 +102,7 @@ def _tensors(job: Job) -> str:
 
 def _arithmetic(job: Job) -> str:
     """What is not the default of it."""
-    dtype, rounding, seed = job.plan.arithmetic
+    dtype, rounding, seed, _ = job.plan.arithmetic
     texts = [f"computed in {dtype}"] if dtype != "float32" else []
     return ", ".join(texts + ([f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []))
 
@@ -119,7 +120,7 @@ def plan_document(job: Job) -> dict[str, Any]:
     """The plan as JSON values."""
     return {
         "operation": job.plan.operation,
-        "formulas": [formula(job.plan, row) for row in job.plan.alphas],
+        "formulas": [formula(job.plan, number) for number in range(len(job.outs))],
         "inputs": [{"role": i.role, "uri": i.uri, "fingerprint": i.fingerprint} for i in job.plan.inputs],
         "outputs": list(job.outs),
         "options": dict(job.plan.options),

@@ -4,6 +4,9 @@ Specified to the bit, with RN = round to nearest even in float32 or, if asked fo
 ``acc = t``; for each vector in order ``acc = RN(acc + RN(αₖ·dₖ))``; one rounding to the output's dtype at the
 end, which is `Rounder`'s. Multiplication and addition stay separate operations: a fused multiply-add would skip a
 rounding, and not every device would do it.
+
+In the order ``sum`` it is ``v = RN(v + RN(αₖ·dₖ))`` from 0, and then ``RN(t + RN(RN(v / divisor)·scale))``. ``fused``
+has ``v = RN32(RN64(v + αₖ·dₖ))``: a fused multiply-add up to one element in 10⁸, which every device does alike.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from rv_distributed.kernels.measure import measure
 from rv_distributed.kernels.rounding import Rounder
 from rv_distributed.measures import Measures
-from rv_distributed.recipe import Arithmetic, Stats
+from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 _COMPUTE_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
 TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -42,6 +45,7 @@ class Combiner:
         self.block_elements = block_elements
         self._stats = stats
         self._weighted = weighted
+        self._order = arithmetic.order
         self._rounder = Rounder(arithmetic, block_elements=block_elements, device=device)
         dtype = _COMPUTE_DTYPES[arithmetic.compute_dtype]
         # For t, two operands and a product, and for each output its sum and its vector.
@@ -51,49 +55,61 @@ class Combiner:
     def combine(
         self,
         outs: Sequence[Tensor],
-        target: Tensor,
+        target: Tensor | None,
         vectors: Sequence[tuple[Tensor, Tensor | None]],
-        alphas: Sequence[Sequence[float]],
+        weights: Sequence[Weights],
         *,
         name: str,
         first: int,
     ) -> list[Measures]:
-        """Fill each of ``outs`` with ``target + Σ αₖ·vₖ``, with its own row of ``alphas``.
+        """Fill each of ``outs`` with ``target + Σ αₖ·vₖ``, with its own ``weights``.
 
         All tensors have one dimension and the same length, at most ``block_elements``; their dtypes are
         float32, bfloat16 or float16 in any mixture. An output whose alphas are all 0 gets the target's
-        own values. They are the elements from ``first`` of the tensor ``name``, on which stochastic
-        rounding depends. Returns the measures of each output.
+        own values. Without a target, which goes with the orders ``sum`` and ``fused`` only, it is 0. They are the
+        elements from ``first`` of the tensor ``name``, on which stochastic rounding depends. Returns the measures of
+        each output.
         """
-        for_t, d, _, product, *rest = self._cut_scratch(target)
+        like = vectors[0][0] if target is None else target
+        for_t, d, _, product, *rest = self._cut_scratch(like)
         accs, sums = rest[: len(outs)], rest[len(outs) : 2 * len(outs)]
-        t = _widened(target, for_t)
-        started = [False] * len(outs)
+        t = for_t.zero_() if target is None else _widened(target, for_t)
         for index, (plus, minus) in enumerate(vectors):
             d = self.difference(plus, minus)
-            for number, row in enumerate(alphas):
-                alpha, acc, v = row[index], accs[number], sums[number]
-                if index == 0 and self._weighted:
+            for of, acc, v in zip(weights, accs, sums, strict=True):
+                alpha = of.alphas[index]
+                if index == 0:
+                    acc.copy_(t)
                     v.zero_()
                 if alpha == 0.0:
                     continue
+                if self._order == "fused" and d.dtype == torch.float32:
+                    # Float64 holds every product of two float32.
+                    v.copy_(torch.mul(d.double(), alpha).add_(v.double()))
+                    continue
                 # At α = 1 the product would be d itself.
                 weighted = d if alpha == 1.0 else torch.mul(d, alpha, out=product)
-                torch.add(acc if started[number] else t, weighted, out=acc)
+                if self._order == "each":
+                    acc.add_(weighted)
                 if self._weighted:
                     v.add_(weighted)
-                started[number] = True
-        for out, acc, used in zip(outs, accs, started, strict=True):
-            if used or out.dtype != target.dtype:
-                self._rounder.round(acc if used else t, out, name=name, first=first)
-            else:
+        if self._order != "each" and vectors:
+            for of, acc, v in zip(weights, accs, sums, strict=True):
+                v.div_(of.divisor).mul_(of.scale)
+                _ = acc.copy_(v) if target is None else acc.add_(v)
+        for out, of, acc in zip(outs, weights, accs, strict=True):
+            if target is not None and not of.moves and out.dtype == target.dtype:
                 out.copy_(target)
+            else:
+                label = name if target is not None else f"vector of {name}"
+                self._rounder.round(acc if vectors else t, out, name=label, first=first)
         if not vectors:
-            return [measure(out, target, t, t, 1.0, "none") for out in outs]
-        scales = [1.0 if self._weighted else row[0] for row in alphas]
+            return [measure(out, like, t, t, 1.0, "none") for out in outs]
+        scales = [1.0 if self._weighted else of.alphas[0] for of in weights]
+        zeros = [out.new_zeros(()).expand_as(out) if target is None else target for out in outs]
         return [
-            measure(out, target, t, v if self._weighted else d, alpha, self._stats)
-            for out, v, alpha in zip(outs, sums, scales, strict=True)
+            measure(out, zero, t, v if self._weighted else d, alpha, self._stats)
+            for out, zero, v, alpha in zip(outs, zeros, sums, scales, strict=True)
         ]
 
     def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None, *, name: str, first: int) -> Measures:

@@ -130,7 +130,8 @@ def _compare(plan: Plan, pieces: Sequence[Piece], output: str, progress: VerifyP
     sizing = size_buffers(plan, streams=min(16, 2 * usable_cpus()), budget_bytes=DEFAULT_BUDGET_BYTES)
     config = WorkerConfig(
         outputs=(output,),
-        alphas=plan.alphas,
+        numbers=(0,),
+        weighted=plan.weighted,
         device="cpu",
         streams=sizing.streams,
         cpus=usable_cpus(),

@@ -100,7 +100,7 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
         preallocate(str(folder / shard.name), shard.size)
     streams, chunk_bytes, _ = job.sizing
     arithmetic = job.plan.arithmetic
-    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", streams, 1, chunk_bytes, job.plan.stats, arithmetic)
+    config = WorkerConfig((str(folder),), (0,), False, "auto", streams, 1, chunk_bytes, job.plan.stats, arithmetic)
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 
