@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     runtime = choose_runtime(run_options)
     streams = _most_streams(run_options) if runtime == "local" else 2 * run_options.cpus_per_worker
     sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options))
-    return Job(recipe, opened, plan, tuple(outs), complete, run_options, runtime, sizing)
+    return Job(recipe, plan_options, opened, plan, tuple(outs), complete, run_options, runtime, sizing)
 
 
 def _complete(plan: Plan, outs: Sequence[str], options: RunOptions) -> dict[int, Manifest]:
@@ -160,6 +160,7 @@ class Job:
     """A run that is checked, planned and ready."""
 
     recipe: Recipe
+    plan_options: PlanOptions
     opened: Mapping[str, Checkpoint]
     """The inputs, by the names that the recipe gives them."""
     plan: Plan
@@ -196,6 +197,13 @@ class Job:
         """The file systems that the outputs go to, with the room that they take there and the room that there is."""
         sidecars = sum(file.size for file in self.opened[self.recipe.frame].sidecars)
         return rooms([self.outs[number] for number in self.todo], self.plan.output_bytes + sidecars)
+
+    def recipe_text(self, output: int) -> str:
+        """The recipe file that makes one output again."""
+        from rv_distributed.recipe_files import recipe_text
+
+        uris = {name: checkpoint.uri for name, checkpoint in self.opened.items()}
+        return recipe_text(self.recipe, output, self.plan_options, uris)
 
     def check_space(self) -> None:
         """Raise OutputError when the outputs do not fit."""
@@ -240,7 +248,10 @@ class Job:
                     for reducer in reducers:
                         reducer.check_finite()
                 frame = self.opened[self.recipe.frame]
-                manifests = [reducer.commit(frame, self.opened, timings, pieces) for reducer in reducers]
+                manifests = [
+                    reducer.commit(frame, self.opened, timings, pieces, self.recipe_text(number))
+                    for number, reducer in zip(self.todo, reducers, strict=True)
+                ]
             except BaseException as error:
                 watch.stopped(error)
                 raise

@@ -16,6 +16,7 @@ from blake3 import blake3
 MANIFEST_FILE: Final = "rv_manifest.json"
 TABLE_FILE: Final = "rv_tensors.parquet"
 PIECES_FILE: Final = "rv_pieces.parquet"
+RECIPE_FILE: Final = "rv_recipe.yaml"
 SCHEMA_VERSION: Final = 1
 ROLES: Final = ("target", "donor", "reference", "vector", "model", "base")
 OPERATIONS: Final = ("extract", "apply", "transfer", "task_arithmetic", "linear")

@@ -551,12 +551,13 @@ def _combine(
     ``arena`` (bytes) holds the operands: the target at ``target_at``, or none if ``target_code`` is `NO_TENSOR`: then
     there is one vector and one output, and the output is the vector. ``vectors`` (int64) has a row ``at, code, at,
     code`` for plus and minus of each vector; a minus of the code `NO_TENSOR` is none. ``alphas`` (float32) has a row an
-    output and a column a vector. ``after`` (float32) is empty, or has a row ``divisor, scale`` an output: then vectors are
-    added to each other, ``fused`` or not, divided, scaled, and added to the target; without one they are the output.
-    ``outs`` (bytes, contiguous) has a row an output, which gets elements of dtype ``code`` from byte ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest.
-    ``weighted`` says what is measured as v: the weighted sum of the vectors, or the one that there is. The measures are
-    added to ``sums`` (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 3 rows and
-    two for each output, ``spare`` (bytes) has 3 and ``steps`` (uint16) is one, all of at least `STRIP` elements.
+    output and a column a vector. ``after`` (float32) is empty, or has a row ``divisor, scale`` an output: then the
+    vectors are added to each other, ``fused`` or not, divided, scaled, and added to the target, or are the output where
+    there is none. ``outs`` (bytes, contiguous) has a row an output, which gets elements of dtype ``code`` from byte
+    ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest. ``weighted`` says what
+    is measured as v: the weighted sum of the vectors, or the one that there is. The measures are added to ``sums``
+    (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 3 rows and two for each
+    output, ``spare`` (bytes) has 3 and ``steps`` (uint16) is one, all of at least `STRIP` elements.
     """
     width = _WIDTHS[code]
     summed = after.shape[0] > 0
