@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,10 @@ from typing import Literal
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.pieces import PieceRow
-from rv_distributed.errors import InputError, OutputError, PieceError, Problem, RunError, UsageError
+from rv_distributed.errors import Cancelled, InputError, OutputError, PieceError, Problem, RunError, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.opening import open_checkpoint, same_weights
-from rv_distributed.plan import Plan, PlanOptions, make_plan, misfits, task_of
+from rv_distributed.plan import PieceTask, Plan, PlanOptions, make_plan, misfits, task_of
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer, check_unchanged
 from rv_distributed.results import piece_rows
@@ -146,6 +147,11 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Pr
     return problems
 
 
+def _check(cancel: threading.Event) -> None:
+    if cancel.is_set():
+        raise Cancelled("stopped by its caller; the same call resumes")
+
+
 def _most_streams(options: RunOptions) -> int:
     """Of the local runtime."""
     return options.workers or min(16, 2 * usable_cpus())
@@ -209,16 +215,18 @@ class Job:
         """Raise OutputError when the outputs do not fit."""
         check_rooms(self.rooms)
 
-    def run(self, progress: ProgressCallback | None = None) -> tuple[Manifest, ...]:
+    def run(
+        self, progress: ProgressCallback | None = None, cancel: threading.Event | None = None
+    ) -> tuple[Manifest, ...]:
         """Make the outputs; returns their manifests, in order.
 
-        Finished pieces of an earlier, interrupted run of the same job are checked and kept. Raises
-        OutputError when an output's place is taken or too small, NonFiniteError when an output holds NaN or
-        infinity, which is not allowed, RunError when the run fails.
+        Finished pieces of an earlier, interrupted run of the same job are checked and kept. ``cancel``, once it is set,
+        stops the run at the next piece. Raises OutputError when an output's place is taken or too small, NonFiniteError
+        when an output holds NaN or infinity, which is not allowed, RunError when the run fails, and Cancelled.
         """
         self.check_space()
         try:
-            made = self._make(progress) if self.todo else {}
+            made = self._make(progress, cancel or threading.Event()) if self.todo else {}
         except PieceError:
             check_unchanged(self.plan)  # then that is the cause
             raise
@@ -229,7 +237,7 @@ class Job:
             tidy(out)
         return tuple((made | dict(self.complete))[number] for number in range(len(self.outs)))
 
-    def _make(self, progress: ProgressCallback | None) -> dict[int, Manifest]:
+    def _make(self, progress: ProgressCallback | None, cancel: threading.Event) -> dict[int, Manifest]:
         with ExitStack() as stack:
             runtime = stack.enter_context(self._runtime())
             stagings = []
@@ -242,7 +250,8 @@ class Job:
             kept = self._keep(stagings, reducers)
             watch = self._watch(stagings, kept, progress)
             try:
-                timings, pieces = self._stream(runtime, stagings, reducers, kept, watch)
+                timings, pieces = self._stream(runtime, stagings, reducers, kept, watch, cancel)
+                _check(cancel)
                 watch.committing()
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
@@ -284,14 +293,23 @@ class Job:
         reducers: Sequence[Reducer],
         kept: set[int],
         watch: Watch,
+        cancel: threading.Event,
     ) -> tuple[Timings, list[PieceRow]]:
         """Run all pieces that are not kept."""
-        tasks = (task_of(self.plan, piece) for piece in self.plan.pieces if piece.number not in kept)
+
+        def tasks() -> Iterator[PieceTask]:
+            for piece in self.plan.pieces:
+                # Workers ask for the next task before the results of others come.
+                _check(cancel)
+                if piece.number not in kept:
+                    yield task_of(self.plan, piece)
+
         began = time.monotonic()
         done: list[tuple[PieceResult, float]] = []
         # Closed before the stagings are: no worker may write once another run can take the place.
-        with closing(runtime.run(tasks, self._worker_config(stagings))) as results:
+        with closing(runtime.run(tasks(), self._worker_config(stagings))) as results:
             for result in results:
+                _check(cancel)
                 for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
                     reducer.add(result.piece, spans)
                     staging.record(result.piece, spans)

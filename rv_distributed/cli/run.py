@@ -152,7 +152,7 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], workers: Mapping[st
     for number, (out, manifest) in enumerate(zip(job.outs, manifests, strict=True)):
         lines += [one_line(out), f"    {show_measures(manifest)}"]
         if number in job.complete:
-            lines.append(f"    up to date: made at {manifest.created} by the same command; --overwrite makes it again")
+            lines.append(f"    up to date, made at {manifest.created} by the same command; --overwrite makes it again")
     return "\n".join(lines)
 
 

@@ -102,7 +102,7 @@ def test_rounding_and_arithmetic_are_shown_recorded_and_verified(models: Path, t
         "float64",
     ]
     again = rv(*transfer_of(models, out, *options, "--alpha", "0.3"))
-    assert "already complete" in again.stdout
+    assert "up to date" in again.stdout
     assert rv(*transfer_of(models, out, *options, "--alpha", "0.3", "--seed", "8")).returncode == 2
     checked = rv("verify", out, "--against-inputs")
     assert checked.returncode == 0, checked.stderr
