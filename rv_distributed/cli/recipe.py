@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 from typing import Annotated, Any, Final
 
 import typer
 
 from rv_distributed.cli.options import Json, Out, Running, with_common
 from rv_distributed.cli.terminal import say
-from rv_distributed.errors import OutputError, RunError, one_line
+from rv_distributed.errors import OutputError, RunError, UsageError, one_line
 
 File = Annotated[str, typer.Argument(help="Recipe file, of rv or of mergekit.", metavar="RECIPE")]
 
@@ -77,6 +78,7 @@ def run(recipe: File, out: Out, common: Running) -> None:
 @app.command()
 def init(
     file: Annotated[str | None, typer.Argument(help="File to write; stdout if not given.", metavar="FILE")] = None,
+    json: Json = False,
 ) -> None:
     """Write a recipe to begin with, with all fields explained.
 
@@ -84,6 +86,8 @@ def init(
     Example:
       rv recipe init recipe.yaml
     """
+    if file is None and json:
+        raise UsageError("with --json, give a file to write the recipe to")
     if file is None:
         say(STARTER.rstrip("\n"))
         return
@@ -94,6 +98,8 @@ def init(
         raise OutputError(f"{file} already exists. Give another name.") from None
     except OSError as error:
         raise RunError(f"{file} cannot be written: {error.strerror or error}") from error
+    if json:
+        say(jsonlib.dumps({"schema_version": 1, "status": "written", "path": os.path.abspath(file)}, indent=2))
 
 
 @app.command()
