@@ -23,7 +23,9 @@ COMMAND = [
 
 def rv(*arguments: str) -> dict[str, object]:
     """The JSON document of an rv command. Its progress goes to the task's log."""
-    done = subprocess.run([*arguments, "--json", "--log-format", "json"], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [*arguments, "--json", "--log-format", "json"], stdout=subprocess.PIPE, text=True, check=False
+    )
     document = json.loads(done.stdout or "{}")
     if done.returncode == 2:
         raise AirflowFailException(document["error"]["message"])
