@@ -1,7 +1,7 @@
 """mergekit 0.1.5's arithmetic in NumPy, read from its source and held against its own output by `test_mergekit`.
 
-``linear`` adds with fused multiply-adds (torch's addcmul_ on x86 with AVX2). ``task_arithmetic`` rounds every product and
-adds the deltas up before the base.
+``linear`` adds with fused multiply-adds (torch's addcmul_ on x86 with AVX2). ``task_arithmetic`` rounds every product
+and adds the deltas up before the base.
 """
 
 from __future__ import annotations

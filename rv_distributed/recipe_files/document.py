@@ -21,7 +21,9 @@ Place = tuple[str | int, ...]
 _MAX_BYTES: Final = 256 * 1024
 #: With what aliases stand for.
 _MAX_VALUES: Final = 20_000
-_TAGS: Final = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp"))
+_TAGS: Final = frozenset(
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
+)
 _VARIABLE: Final = re.compile(r"\$\$\{|\$\{([^}:]*)(?::-([^}]*))?\}")
 
 
@@ -86,6 +88,9 @@ class _Reader:
         self._values += 1
         if any(node is above for above in self._above):
             return self._refuse(node, place, "is an alias of what it lies in")
+        if node.tag not in _TAGS:
+            what = f"has the tag {node.tag}; a recipe holds texts, numbers, lists and maps"
+            return self._refuse(node, place, what)
         if self._values > _MAX_VALUES:
             return self._refuse(node, place, f"is more than the {_MAX_VALUES} values that a recipe may have")
         self._above.append(node)
@@ -118,8 +123,6 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode, place: Place) -> Any:
         text, tag = self._substituted(node, place), node.tag
-        if tag not in _TAGS:
-            return self._refuse(node, place, f"has the tag {tag}; a recipe holds texts, numbers, lists and maps")
         if text != node.value and node.style is None:
             tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
         if tag.endswith((":str", ":timestamp")):
