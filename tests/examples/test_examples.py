@@ -21,7 +21,8 @@ from refusal import make_models, run_rv
 import rv_distributed as rv
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-BIN = Path(sys.executable).parent
+Words = list[str | Path]
+GITHUB_CHECK: Words = [Path(sys.executable).parent / "check-jsonschema", "--builtin-schema", "vendor.github-workflows"]
 GITHUB = EXAMPLES / "github" / "reasoning-transfer.yml"
 ARGO = EXAMPLES / "argo" / "workflow.yaml"
 AIRFLOW = EXAMPLES / "airflow" / "reasoning_transfer.py"
@@ -47,15 +48,13 @@ def strict(schema: Any) -> Any:
 
 
 def test_github_knows_the_workflow() -> None:
-    check = [BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows"]
-    done = subprocess.run([*check, GITHUB], capture_output=True, text=True, check=False)
+    done = subprocess.run([*GITHUB_CHECK, GITHUB], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
 def test_github_refuses_a_misspelt_field(tmp_path: Path) -> None:
     (tmp_path / "x.yml").write_text(GITHUB.read_text().replace("timeout-minutes", "timeout-minute"))
-    check = [BIN / "check-jsonschema", "--builtin-schema", "vendor.github-workflows"]
-    assert subprocess.run([*check, tmp_path / "x.yml"], capture_output=True, check=False).returncode == 1
+    assert subprocess.run([*GITHUB_CHECK, tmp_path / "x.yml"], capture_output=True, check=False).returncode == 1
 
 
 def test_argo_knows_the_workflow() -> None:
@@ -100,7 +99,7 @@ def test_airflows_file_uses_what_its_sdk_exports() -> None:
 def test_airflow_knows_the_dag(tmp_path: Path) -> None:
     env = {**os.environ, "AIRFLOW_HOME": str(tmp_path), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
     python = Path(os.environ["RV_AIRFLOW"]) / "bin" / "python"
-    command = [python, "-c", DAG_BAG, AIRFLOW.parent]
+    command: Words = [python, "-c", DAG_BAG, AIRFLOW.parent]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=True)
     errors, dags = json.loads(done.stdout.splitlines()[-1])
     assert errors == {}
@@ -152,8 +151,8 @@ def test_many_targets_are_made_on_one_ray(tmp_path: Path) -> None:
     (models / "target").rename(models / "one")
     make_models(tmp_path / "more")
     (tmp_path / "more" / "target").rename(models / "two")
-    inputs = ["--donor", models / "donor", "--reference", models / "reference", "--alpha", "0.7"]
-    script = [
+    inputs: Words = ["--donor", models / "donor", "--reference", models / "reference", "--alpha", "0.7"]
+    script: Words = [
         sys.executable,
         EXAMPLES / "many_targets.py",
         *inputs,
@@ -162,7 +161,7 @@ def test_many_targets_are_made_on_one_ray(tmp_path: Path) -> None:
         "--workers",
         "1",
     ]
-    targets = [models / "one", models / "two", models / "gone"]
+    targets: Words = [models / "one", models / "two", models / "gone"]
     done = subprocess.run([*script, *targets], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1, done.stderr
     assert "gone" in done.stderr
