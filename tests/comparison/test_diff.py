@@ -61,7 +61,7 @@ def test_norms_counts_and_lists_are_those_of_numpy(models: Path) -> None:
         x, y = widen(a[tensor.name]), widen(b[tensor.name])
         d, sums = (x - y).astype(np.float64), tensor.sums
         assert (tensor.a_dtype, tensor.b_dtype, tensor.shape) == (*a[tensor.name][:1], *b[tensor.name][:2])
-        assert (sums.differing, sums.elements) == (np.count_nonzero(x != y), x.size)
+        assert (sums.differing, sums.elements) == (int(np.count_nonzero(x != y)), x.size)
         assert sums.norm == pytest.approx(np.linalg.norm(d), rel=1e-12)
         assert sums.a_norm == pytest.approx(np.linalg.norm(x.astype(np.float64)), rel=1e-6)
         assert sums.b_norm == pytest.approx(np.linalg.norm(y.astype(np.float64)), rel=1e-12)
@@ -75,8 +75,8 @@ def test_norms_counts_and_lists_are_those_of_numpy(models: Path) -> None:
     assert [unlike.name for unlike in found.unlike] == ["other", "typed"]
     assert (found.only_in_a, found.only_in_b) == (("only a",), ("only b",))
     assert not found.is_same
-    norms = [(layer.stack, layer.layer, layer.sums.tensors) for layer in found.layers]
-    assert norms == [("", None, 4), ("", 0, 1), ("", 1, 1), ("visual", 0, 1)]
+    layers = [(layer.stack, layer.layer, layer.sums.tensors) for layer in found.layers]
+    assert layers == [("", None, 4), ("", 0, 1), ("", 1, 1), ("visual", 0, 1)]
     total = sum(tensor.sums.d_sq for tensor in found.tensors)
     assert found.total.d_sq == pytest.approx(total)
     assert [tensor.name for tensor in found.most_changed(2)] == ["model.layers.0.mlp.up", "embed"]
