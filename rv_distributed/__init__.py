@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from rv_distributed.opening import open_checkpoint
     from rv_distributed.plan import PlanOptions
     from rv_distributed.recipe import ByTensor, Choice, Recipe, Vector
-    from rv_distributed.recipe_files import LoadedRecipe, load_recipe
+    from rv_distributed.recipe_files.loaded import LoadedRecipe
+    from rv_distributed.recipe_files.reading import load_recipe
     from rv_distributed.runtime.select import RunOptions
     from rv_distributed.verification import verify, verify_against_inputs
     from rv_distributed.watching import Progress, Share
@@ -97,7 +98,7 @@ _HOMES = {
     "InputError": "rv_distributed.errors",
     "Interrupted": "rv_distributed.errors",
     "Job": "rv_distributed.job",
-    "LoadedRecipe": "rv_distributed.recipe_files",
+    "LoadedRecipe": "rv_distributed.recipe_files.loaded",
     "Manifest": "rv_distributed.checkpoint.manifest",
     "NonFiniteError": "rv_distributed.errors",
     "OutputError": "rv_distributed.errors",
@@ -119,7 +120,7 @@ _HOMES = {
     "diff": "rv_distributed.comparison",
     "extract": "rv_distributed.api",
     "open_checkpoint": "rv_distributed.opening",
-    "load_recipe": "rv_distributed.recipe_files",
+    "load_recipe": "rv_distributed.recipe_files.reading",
     "prepare": "rv_distributed.job",
     "run": "rv_distributed.api",
     "transfer": "rv_distributed.api",

@@ -92,7 +92,7 @@ def run(
 
     ``out`` holds ``{alpha}`` and ``{include}`` where the recipe sweeps over them. Raises as `extract`.
     """
-    from rv_distributed.recipe_files import load_recipe
+    from rv_distributed.recipe_files.reading import load_recipe
 
     loaded = load_recipe(recipe)
     job = prepare(loaded.recipe, loaded.outs(out), loaded.plan_options, run_options or RunOptions())

@@ -206,7 +206,7 @@ class Job:
 
     def recipe_text(self, output: int) -> str:
         """The recipe file that makes one output again."""
-        from rv_distributed.recipe_files import recipe_text
+        from rv_distributed.recipe_files.writing import recipe_text
 
         uris = {name: checkpoint.uri for name, checkpoint in self.opened.items()}
         return recipe_text(self.recipe, output, self.plan_options, uris)

@@ -101,7 +101,11 @@ def _text(found: Diff) -> list[str]:
         rows.append(_row("in no layer" if layer is None else f"{stack} layer {layer}".strip(), sums))
     lines += ["", *_aligned(rows)]
     if most := found.most_changed(_MOST_TENSORS):
-        lines += ["", "the largest changes, for the tensor's size:", *_aligned([_HEAD, *(_row(one.name, one.sums) for one in most)])]
+        lines += [
+            "",
+            "the largest changes, for the tensor's size:",
+            *_aligned([_HEAD, *(_row(one.name, one.sums) for one in most)]),
+        ]
     dtypes = [f"{one.name} {one.a_dtype} and {one.b_dtype}" for one in found.tensors if one.a_dtype != one.b_dtype]
     lists = {
         "of other dtypes, compared by value": dtypes,

@@ -69,7 +69,7 @@ def run(recipe: File, out: Out, common: Running) -> None:
       rv run mergekit.yaml --out merged --dry-run
     """
     from rv_distributed.cli.run import run as run_job
-    from rv_distributed.recipe_files import load_recipe
+    from rv_distributed.recipe_files.reading import load_recipe
 
     loaded = load_recipe(recipe)
     run_job(loaded.recipe, loaded.plan_options, loaded.outs(out), common)
@@ -111,7 +111,7 @@ def check(recipe: File, json: Json = False) -> None:
       rv recipe check recipe.yaml
       rv recipe check mergekit.yaml --json
     """
-    from rv_distributed.recipe_files import load_recipe
+    from rv_distributed.recipe_files.reading import load_recipe
 
     loaded = load_recipe(recipe)
     made = loaded.recipe

@@ -17,7 +17,8 @@ from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Alpha, ByTensor, Choice, Recipe, Vector
 from rv_distributed.recipe_files.document import Document
 from rv_distributed.recipe_files.fields import Fields, Number, NumberOrGradient, kind_of_alpha
-from rv_distributed.recipe_files.reading import LoadedRecipe, resolve, validate
+from rv_distributed.recipe_files.loaded import LoadedRecipe, resolve
+from rv_distributed.recipe_files.validation import validate
 
 _REMEDY: Final = "Of mergekit's files rv runs linear and task_arithmetic, see its README; use mergekit for the rest."
 _HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")

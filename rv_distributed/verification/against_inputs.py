@@ -69,7 +69,7 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
 def _recipe_of(folder: PosixFolder, manifest: Manifest) -> tuple[Recipe, PlanOptions]:
     """What an output was made by, from the recipe beside it. Raises VerifyError when that is not what was written."""
     # pydantic is imported for it.
-    from rv_distributed.recipe_files import load_recipe
+    from rv_distributed.recipe_files.reading import load_recipe
 
     digests = {file.name: file.digest for file in manifest.files}
     try:

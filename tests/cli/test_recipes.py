@@ -10,7 +10,7 @@ from reference import combined, read_checkpoint
 from refusal import make_models, run_rv, transfer, tree
 
 from rv_distributed.cli.recipe import STARTER
-from rv_distributed.recipe_files import load_recipe
+from rv_distributed.recipe_files.reading import load_recipe
 
 LOCAL = ("--runtime", "local")
 

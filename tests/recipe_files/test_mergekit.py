@@ -21,7 +21,7 @@ from reference import Raw, assert_same, read_checkpoint, weights, write_checkpoi
 import rv_distributed as rv
 from rv_distributed.errors import InputError
 from rv_distributed.recipe import ByTensor, Choice
-from rv_distributed.recipe_files import load_recipe
+from rv_distributed.recipe_files.reading import load_recipe
 
 LAYERS = 3
 SHAPES: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (64, 32)}

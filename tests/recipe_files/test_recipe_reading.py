@@ -12,8 +12,9 @@ import rv_distributed as rv
 from rv_distributed.errors import InputError, UsageError
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import ByTensor, Choice, Recipe, Vector
-from rv_distributed.recipe_files import load_recipe, recipe_text
 from rv_distributed.recipe_files.fields import RecipeFields, recipe_schema
+from rv_distributed.recipe_files.reading import load_recipe
+from rv_distributed.recipe_files.writing import recipe_text
 
 FULL = r"""
 target: models/t
@@ -92,6 +93,10 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert loaded.outs("o-{alpha}-{include}") == ["o-0.5-late", "o-0.5-all", "o-1-late", "o-1-all"]
     with pytest.raises(UsageError, match=r"out-\{alpha\}-\{include\}"):
         loaded.outs("o-{alpha}")
+    single = load_recipe(write(tmp_path, "target: t\nvectors: [{vector: a}]"))
+    assert single.outs("o") == ["o"]
+    with pytest.raises(UsageError, match="no sweep of alpha and include"):
+        single.outs("o-{alpha}-{include}")
 
 
 @pytest.mark.parametrize(
