@@ -87,7 +87,7 @@ def submit(
         _folder(working_dir),
         os.path.abspath(wheel) if wheel is not None else None,
         image,
-        _environment(),
+        environment(),
     )
     server = JobServer(address)
     state, attached = server.submit(request)
@@ -123,7 +123,7 @@ def parse_command(context: typer.Context, command: Sequence[str]) -> tuple[tuple
     return (words[0], *chosen, *rest), dict(parsed.params)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The variables that the command reads its options from, there as here."""
     return {
         name: value

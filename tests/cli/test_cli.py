@@ -43,7 +43,8 @@ def test_version_is_printed_without_a_command() -> None:
 
 
 def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
-    commands = {"extract", "apply", "transfer", "inspect", "verify", "demo", "submit"}
+    commands = {"extract", "apply", "transfer", "run", "recipe", "inspect", "diff", "verify", "report", "bench"}
+    commands |= {"demo", "version", "submit"}
     listed = rv("--help")
     assert listed.returncode == 0
     assert all(command in listed.stdout for command in commands)
@@ -55,7 +56,14 @@ def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["transfer", "--help"], ["submit", "--help"], ["inspect", "MODELS/target"], ["DRY-RUN"]],
+    [
+        ["--help"],
+        ["transfer", "--help"],
+        ["run", "--help"],
+        ["submit", "--help"],
+        ["inspect", "MODELS/target"],
+        ["DRY-RUN"],
+    ],
     ids=lambda args: args[0],
 )
 def test_planning_commands_import_neither_torch_nor_ray(args: list[str], models: Path, tmp_path: Path) -> None:

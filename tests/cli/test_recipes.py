@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 from reference import combined, read_checkpoint
 from refusal import make_models, run_rv, transfer, tree
 
+from rv_distributed.cli.app import app
 from rv_distributed.cli.recipe import STARTER
 from rv_distributed.recipe_files.reading import load_recipe
 
@@ -160,6 +164,30 @@ def test_options_are_read_from_the_environment(
     assert done.stdout.startswith("{") == (through == "RV_JSON")
     if through == "RV_JSON":
         assert json.loads(run_rv("transfer", "--no-such-option").stdout)["status"] == "error"
+
+
+def options_of(command: Any, prefix: str | None) -> Iterator[tuple[str, Any, str | None]]:
+    """Every option of a command and of those below it, with the prefix of the variables that click makes."""
+    prefix = command.context_settings.get("auto_envvar_prefix", prefix)
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            yield command.name, parameter, prefix
+    for below in getattr(command, "commands", {}).values():
+        yield from options_of(below, prefix)
+
+
+def test_every_option_of_every_command_has_a_variable_of_its_own() -> None:
+    found: dict[str, set[str]] = {}
+    for command, option, prefix in options_of(typer.main.get_command(app), None):
+        if option.name in ("shown", "install_completion", "show_completion"):
+            continue  # they are no part of any work
+        named = option.envvar or (f"{prefix}_{option.name.upper()}" if prefix else None)
+        assert named, (command, option.name)
+        assert option.help, (command, option.name)
+        for name in [named] if isinstance(named, str) else named:
+            found.setdefault(name, set()).add(option.name)
+    assert all(len(names) == 1 for name, names in found.items()), found
+    assert {"RV_DIFF_PARQUET", "RV_APPLY_VECTOR", "RV_RUN_OUT", "RV_REPORT_FORM", "RV_SUBMIT_ADDRESS"} <= found.keys()
 
 
 def test_the_variables_are_in_the_help() -> None:
