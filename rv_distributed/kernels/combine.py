@@ -70,47 +70,78 @@ class Combiner:
         elements from ``first`` of the tensor ``name``, on which stochastic rounding depends. Returns the measures of
         each output.
         """
-        like = vectors[0][0] if target is None else target
-        for_t, d, _, product, *rest = self._cut_scratch(like)
+        if target is None or (self._order != "each" and vectors):
+            return self._combine_sums(outs, target, vectors, weights, name=name, first=first)
+        for_t, d, _, product, *rest = self._cut_scratch(target)
+        accs, sums = rest[: len(outs)], rest[len(outs) : 2 * len(outs)]
+        t = _widened(target, for_t)
+        started = [False] * len(outs)
+        for index, (plus, minus) in enumerate(vectors):
+            d = self.difference(plus, minus)
+            for number, of in enumerate(weights):
+                alpha, acc, v = of.alphas[index], accs[number], sums[number]
+                if index == 0 and self._weighted:
+                    v.zero_()
+                if alpha == 0.0:
+                    continue
+                # At α = 1 the product would be d itself.
+                weighted = d if alpha == 1.0 else torch.mul(d, alpha, out=product)
+                torch.add(acc if started[number] else t, weighted, out=acc)
+                if self._weighted:
+                    v.add_(weighted)
+                started[number] = True
+        for out, acc, used in zip(outs, accs, started, strict=True):
+            if used or out.dtype != target.dtype:
+                self._rounder.round(acc if used else t, out, name=name, first=first)
+            else:
+                out.copy_(target)
+        if not vectors:
+            return [measure(out, target, t, t, 1.0, "none") for out in outs]
+        scales = [1.0 if self._weighted else of.alphas[0] for of in weights]
+        return [
+            measure(out, target, t, v if self._weighted else d, alpha, self._stats)
+            for out, v, alpha in zip(outs, sums, scales, strict=True)
+        ]
+
+    def _combine_sums(
+        self,
+        outs: Sequence[Tensor],
+        target: Tensor | None,
+        vectors: Sequence[tuple[Tensor, Tensor | None]],
+        weights: Sequence[Weights],
+        *,
+        name: str,
+        first: int,
+    ) -> list[Measures]:
+        """As `combine`, with the vectors added to each other first."""
+        for_t, _, _, product, *rest = self._cut_scratch(vectors[0][0])
         accs, sums = rest[: len(outs)], rest[len(outs) : 2 * len(outs)]
         t = for_t.zero_() if target is None else _widened(target, for_t)
         for index, (plus, minus) in enumerate(vectors):
             d = self.difference(plus, minus)
-            for of, acc, v in zip(weights, accs, sums, strict=True):
-                alpha = of.alphas[index]
+            for of, v in zip(weights, sums, strict=True):
                 if index == 0:
-                    acc.copy_(t)
                     v.zero_()
-                if alpha == 0.0:
-                    continue
-                if self._order == "fused" and d.dtype == torch.float32:
-                    # Float64 holds every product of two float32.
-                    v.copy_(torch.mul(d.double(), alpha).add_(v.double()))
-                    continue
-                # At α = 1 the product would be d itself.
-                weighted = d if alpha == 1.0 else torch.mul(d, alpha, out=product)
-                if self._order == "each":
-                    acc.add_(weighted)
-                if self._weighted:
-                    v.add_(weighted)
-        if self._order != "each" and vectors:
-            for of, acc, v in zip(weights, accs, sums, strict=True):
-                v.div_(of.divisor).mul_(of.scale)
-                _ = acc.copy_(v) if target is None else acc.add_(v)
-        for out, of, acc in zip(outs, weights, accs, strict=True):
-            if target is not None and not of.moves and out.dtype == target.dtype:
+                if (alpha := of.alphas[index]) != 0.0:
+                    self._add_scaled(v, d, alpha, product)
+        measures = []
+        for out, of, acc, v in zip(outs, weights, accs, sums, strict=True):
+            v.div_(of.divisor).mul_(of.scale)
+            base = out.new_zeros(()).expand_as(out) if target is None else target
+            if target is not None and out.dtype == target.dtype and not of.moves:
                 out.copy_(target)
             else:
-                label = name if target is not None else f"vector of {name}"
-                self._rounder.round(acc if vectors else t, out, name=label, first=first)
-        if not vectors:
-            return [measure(out, like, t, t, 1.0, "none") for out in outs]
-        scales = [1.0 if self._weighted else of.alphas[0] for of in weights]
-        zeros = [out.new_zeros(()).expand_as(out) if target is None else target for out in outs]
-        return [
-            measure(out, zero, t, v if self._weighted else d, alpha, self._stats)
-            for out, zero, v, alpha in zip(outs, zeros, sums, scales, strict=True)
-        ]
+                total, label = (v, f"vector of {name}") if target is None else (torch.add(t, v, out=acc), name)
+                self._rounder.round(total, out, name=label, first=first)
+            measures.append(measure(out, base, t, v, 1.0, self._stats))
+        return measures
+
+    def _add_scaled(self, v: Tensor, d: Tensor, alpha: float, product: Tensor) -> None:
+        if self._order == "fused" and d.dtype == torch.float32:
+            # Float64 holds every product of two float32.
+            v.copy_(torch.mul(d.double(), alpha).add_(v.double()))
+        else:
+            v.add_(torch.mul(d, alpha, out=product))
 
     def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None, *, name: str, first: int) -> Measures:
         """Fill ``out`` with ``plus − minus``; ``name`` and ``first`` as of `combine`."""
