@@ -21,23 +21,25 @@ Made = tuple[list[bytes], list[Measures]]
 Kernel = Callable[[Raw | None, Vectors, Sequence[Weights], str, Order], Made]
 
 
-def by_torch(target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtype: str, order: Order) -> Made:
+def by_torch(
+    target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtype: str, order: Order, device: str = "cpu"
+) -> Made:
     combiner = Combiner(
         block_elements=COUNT,
         outputs=len(rows),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         weighted=True,
         stats="full",
         arithmetic=Arithmetic("float32", "nearest", 0, order),
     )
 
     def load(raw: Raw) -> torch.Tensor:
-        return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype])
+        return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype]).to(device)
 
-    outs = [torch.empty(COUNT, dtype=TORCH_DTYPES[dtype]) for _ in rows]
+    outs = [torch.empty(COUNT, dtype=TORCH_DTYPES[dtype], device=device) for _ in rows]
     operands = [(load(plus), load(minus) if minus else None) for plus, minus in vectors]
     measures = combiner.combine(outs, load(target) if target else None, operands, rows, name="x", first=0)
-    return [out.view(torch.uint8).numpy().tobytes() for out in outs], measures
+    return [out.cpu().view(torch.uint8).numpy().tobytes() for out in outs], measures
 
 
 def compiled(target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtype: str, order: Order) -> Made:
@@ -119,3 +121,14 @@ def test_both_kernels_measure_the_same(has_target: bool, order: Order) -> None:
     )
     assert (one.v_sq, one.t_sq) == pytest.approx((other.v_sq, other.t_sq), rel=1e-12)
     assert (one.moved_v, one.error_sq) == pytest.approx((other.moved_v, other.error_sq), rel=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("has_target", "order"), [(False, "fused"), (True, "sum")])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_a_gpu_makes_the_bits_of_the_cpu(has_target: bool, order: Order, dtype: str) -> None:
+    target, *models = raws(["F32", "F32", "BF16", "F16"])
+    rows = [Weights((0.3, -0.7, 1.1), 0.7, 1.3), Weights((1.0, 0.0, -1.0))]
+    vectors = [(model, target if has_target else None) for model in models]
+    args = (target if has_target else None, vectors, rows, dtype, order)
+    assert by_torch(*args, device="cuda")[0] == by_torch(*args)[0] == compiled(*args)[0]
