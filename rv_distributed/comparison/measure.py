@@ -18,10 +18,8 @@ from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import Operand, PieceTask, Plan, ShardPlan, TensorPlan, cut_pieces, task_of
 from rv_distributed.plan.model import VectorOperand
 from rv_distributed.recipe import Arithmetic, Weights
-from rv_distributed.runtime.dry import DryStream, each_piece
-from rv_distributed.runtime.model import BLOCK_BYTES, WorkerConfig
-from rv_distributed.runtime.select import usable_cpus
-from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, size_buffers
+from rv_distributed.runtime.dry import DryStream, dry_config, each_piece
+from rv_distributed.runtime.model import BLOCK_BYTES
 
 DiffProgress = Callable[[int, int], None]
 """Called with the bytes compared so far, and those in all."""
@@ -102,18 +100,7 @@ def _measure(
     if not pairs:
         return
     plan = _plan(one, other, pairs)
-    sizing = size_buffers(plan, streams=min(16, 2 * usable_cpus()), budget_bytes=DEFAULT_BUDGET_BYTES)
-    config = WorkerConfig(
-        outputs=("",),
-        numbers=(0,),
-        weighted=plan.weighted,
-        device="cpu",
-        streams=sizing.streams,
-        cpus=usable_cpus(),
-        chunk_bytes=sizing.chunk_bytes,
-        stats="full",
-        arithmetic=plan.arithmetic,
-    )
+    config = dry_config(plan, output="", stats="full")
     leaves: list[list[Leaf]] = [[] for _ in pairs]
     tasks = (task_of(plan, piece) for piece in plan.pieces)
     for piece, of_piece in zip(plan.pieces, each_piece(tasks, config, _look), strict=True):

@@ -11,12 +11,15 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from rv_distributed.measures import Leaf
-from rv_distributed.plan import PieceTask
+from rv_distributed.plan import PieceTask, Plan
+from rv_distributed.recipe import Stats
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Buffer, Bytes
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
 from rv_distributed.runtime.model import WorkerConfig
+from rv_distributed.runtime.select import usable_cpus
+from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, size_buffers
 
 _Result = TypeVar("_Result")
 
@@ -56,6 +59,22 @@ class DryStream:
                     blocks = self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start)
                     leaves.append([leaf for block in blocks for leaf in block.leaves])
             yield DryChunk(chunk, self._made.array, leaves, names)
+
+
+def dry_config(plan: Plan, *, output: str, stats: Stats) -> WorkerConfig:
+    """As many streams as this machine has use for; ``output`` is the folder of the plan's one output."""
+    sizing = size_buffers(plan, streams=min(16, 2 * usable_cpus()), budget_bytes=DEFAULT_BUDGET_BYTES)
+    return WorkerConfig(
+        outputs=(output,),
+        numbers=(0,),
+        weighted=plan.weighted,
+        device="cpu",
+        streams=sizing.streams,
+        cpus=usable_cpus(),
+        chunk_bytes=sizing.chunk_bytes,
+        stats=stats,
+        arithmetic=plan.arithmetic,
+    )
 
 
 def each_piece(

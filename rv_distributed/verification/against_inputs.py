@@ -20,9 +20,6 @@ from rv_distributed.errors import Finding, InputError, Problem, UsageError, Veri
 from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import Piece, Plan, PlanOptions, make_plan, task_of
 from rv_distributed.recipe import Recipe
-from rv_distributed.runtime.model import WorkerConfig
-from rv_distributed.runtime.select import usable_cpus
-from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, size_buffers
 from rv_distributed.storage import PosixFolder
 from rv_distributed.verification.output import VerifyProgress, open_output
 
@@ -113,20 +110,10 @@ def _sampled(pieces: Sequence[Piece], sample: float, seed: str) -> list[Piece]:
 
 
 def _compare(plan: Plan, pieces: Sequence[Piece], output: str, progress: VerifyProgress | None) -> list[Finding]:
+    from rv_distributed.runtime.dry import dry_config
     from rv_distributed.runtime.recompute import recompute
 
-    sizing = size_buffers(plan, streams=min(16, 2 * usable_cpus()), budget_bytes=DEFAULT_BUDGET_BYTES)
-    config = WorkerConfig(
-        outputs=(output,),
-        numbers=(0,),
-        weighted=plan.weighted,
-        device="cpu",
-        streams=sizing.streams,
-        cpus=usable_cpus(),
-        chunk_bytes=sizing.chunk_bytes,
-        stats="none",
-        arithmetic=plan.arithmetic,
-    )
+    config = dry_config(plan, output=output, stats="none")
     total, done = sum(piece.stop - piece.start for piece in pieces), 0
     findings = []
     tasks = (task_of(plan, piece) for piece in pieces)

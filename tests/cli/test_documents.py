@@ -11,6 +11,7 @@ import pytest
 import yaml
 from referencing import Registry, Resource
 from refusal import make_models, run_rv, transfer
+from schemas import strict
 
 import rv_distributed as rv
 from rv_distributed.checkpoint.manifest import MANIFEST_SCHEMA
@@ -20,16 +21,6 @@ SCHEMAS = {
     path.name: json.loads(path.read_text()) for path in (Path(rv.__file__).parent / "schemas").glob("*.schema.json")
 }
 LOCAL = ("--runtime", "local")
-
-
-def strict(schema: Any) -> Any:
-    """The same, where a field that it does not name is an error: then it describes all that there is."""
-    if isinstance(schema, dict):
-        closed = {key: strict(value) for key, value in schema.items()}
-        if closed.get("type") == "object" and "properties" in closed:
-            closed.setdefault("additionalProperties", False)
-        return closed
-    return [strict(item) for item in schema] if isinstance(schema, list) else schema
 
 
 REGISTRY: Registry[Any] = Registry().with_resources(

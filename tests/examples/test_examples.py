@@ -17,6 +17,7 @@ import pytest
 import yaml
 from hera.workflows.models import Workflow
 from refusal import make_models, run_rv
+from schemas import strict
 
 import rv_distributed as rv
 
@@ -35,16 +36,6 @@ bag = DagBag(dag_folder=sys.argv[1])
 tasks = {name: {task.task_id: sorted(task.downstream_task_ids) for task in dag.tasks} for name, dag in bag.dags.items()}
 print(json.dumps([bag.import_errors, tasks]))
 """
-
-
-def strict(schema: Any) -> Any:
-    """Unknown fields are errors, as they are to Argo's server."""
-    if isinstance(schema, dict):
-        closed = {key: strict(value) for key, value in schema.items()}
-        if closed.get("type") == "object" and "properties" in closed:
-            closed.setdefault("additionalProperties", False)
-        return closed
-    return [strict(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def test_github_knows_the_workflow() -> None:
