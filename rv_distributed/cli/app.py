@@ -85,7 +85,8 @@ def main() -> None:
 def report_error(error: RvError) -> int:
     """Print an error, as JSON too where that was asked for, and return its exit status."""
     hint = "\nNothing that was finished is lost: run the same command again to resume."
-    resumable = isinstance(error, (Interrupted, RunError)) and not isinstance(error, ChangedError)
+    stopped = isinstance(error, (Interrupted, RunError)) and not isinstance(error, ChangedError)
+    resumable = stopped and not {"diff", "verify"} & set(sys.argv[1:2])
     # The errors with lists have a line for each entry; in the others, a line end came with a name.
     text = str(error) if isinstance(error, (InputError, VerifyError)) else one_line(str(error))
     warn(f"rv: {text}{hint if resumable else ''}")
