@@ -96,7 +96,7 @@ def _collector_paused() -> Iterator[None]:
 
 def _open_all(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[Problem]]:
     """The checkpoints that could be opened, by the recipe's names for them, and what is wrong with the others."""
-    uris = [recipe.target] if recipe.target is not None else []
+    uris = [recipe.frame]
     for vector in recipe.vectors:
         uris += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer.main
-from reference import combined, read_checkpoint
+from reference import combined, read_checkpoint, widen
 from refusal import make_models, run_rv, transfer, tree
 
 from rv_distributed.cli.app import app
@@ -88,6 +89,21 @@ vectors:
     assert run_rv("verify", tmp_path / "out", "--against-inputs").status == 0
     assert run_rv("report", tmp_path / "out", "--format", "md", "--out", "-").status == 0
     assert run_rv("inspect", tmp_path / "out").status == 0
+
+
+def test_a_sum_of_models_has_the_files_of_its_base_and_none_of_its_values(models: Path, tmp_path: Path) -> None:
+    (models / "target" / "config.json").write_text((models / "target" / "config.json").read_text() + "\n")
+    text = "base: target\nvectors: [{model: donor, alpha: 0.5}, {model: reference, alpha: 0.5}]\ndtype: float32\n"
+    done = run_rv("run", write(models, text), "--out", tmp_path / "out", *LOCAL)
+    assert done.status == 0, done.stderr
+    assert "linear: O = 0.5·M1 + 0.5·M2" in done.stdout
+    donor, reference, found = (
+        read_checkpoint(path) for path in (models / "donor", models / "reference", tmp_path / "out")
+    )
+    for name, raw in found.items():
+        assert raw.data == (np.float32(0.5) * widen(donor[name]) + np.float32(0.5) * widen(reference[name])).tobytes()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (models / "target" / "config.json").read_bytes()
+    assert run_rv("verify", tmp_path / "out", "--against-inputs").status == 0
 
 
 def test_a_sweep_makes_outputs_that_stand_alone(models: Path, tmp_path: Path) -> None:
