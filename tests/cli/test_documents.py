@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from schemas import strict
 
 import rv_distributed as rv
 from rv_distributed.checkpoint.manifest import MANIFEST_SCHEMA
+from rv_distributed.cli.progress import log_as_json
 from rv_distributed.cli.recipe import STARTER
+from rv_distributed.logs import JsonLines
 
 SCHEMAS = {
     path.name: json.loads(path.read_text()) for path in (Path(rv.__file__).parent / "schemas").glob("*.schema.json")
@@ -110,3 +114,24 @@ def test_recipes_are_what_their_schema_says() -> None:
     wrong.append({"vectors": [{"vector": "a", "alpha": "much"}]})
     for broken in wrong:
         assert not validator.is_valid({**recipe, **broken})
+
+
+def test_lines_of_progress_and_events_are_what_their_schema_says() -> None:
+    told = StringIO()
+    handler = logging.StreamHandler(told)
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("rv_distributed")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        log_as_json(rv.Progress(3, 8, 1, 100, 200, 1.5, {"host:1": rv.Share(2)}), 66.7)
+        logger.info("worker %s is up", "host:1", extra={"fields": {"worker": "host:1", "node": "a"}})
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    progress, event = told.getvalue().splitlines()
+    assert check("event", progress)["bytes_per_s"] == 67
+    # Events have fields of their own.
+    jsonschema.validate(json.loads(event), SCHEMAS["event.schema.json"])
+    with pytest.raises(jsonschema.ValidationError, match="bytes_total"):
+        jsonschema.validate(json.loads(event) | {"event": "progress"}, SCHEMAS["event.schema.json"])
