@@ -133,7 +133,7 @@ def test_json_puts_one_document_on_stdout(models: Path, tmp_path: Path) -> None:
     done = json.loads(rv(*transfer_of(models, tmp_path / "out", "--json")).stdout)
     stored = json.loads((tmp_path / "out" / "rv_manifest.json").read_bytes())
     assert done["status"] == "done"
-    assert done["outputs"] == [{"path": str(tmp_path / "out"), "manifest": stored}]
+    assert done["outputs"] == [{"path": str(tmp_path / "out"), "up_to_date": False, "manifest": stored}]
     assert json.loads(rv("verify", tmp_path / "out", "--json").stdout)["status"] == "verified"
     assert json.loads(rv("inspect", tmp_path / "out", "--json").stdout)["manifest"] == stored
 
