@@ -54,7 +54,8 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
         raise VerifyError(folder.uri, findings)
     recipe, options = _recipe_of(folder, manifest)
     plan = make_plan(recipe, _open_inputs(manifest.inputs), options)
-    if dict(plan.options) != manifest.options or (plan.operation != "extract" and plan.alphas[0] != manifest.alphas):
+    alphas = () if plan.operation == "extract" else plan.alphas[0]
+    if (plan.operation, dict(plan.options), alphas) != (manifest.operation, manifest.options, manifest.alphas):
         raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, f"states other options or alphas than {RECIPE_FILE}")])
     if [(shard.name, shard.size) for shard in plan.shards] != [(shard.name, shard.bytes) for shard in manifest.shards]:
         raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, "lists other shards than the inputs give")])
