@@ -251,7 +251,6 @@ class Job:
             watch = self._watch(stagings, kept, progress)
             try:
                 timings, pieces = self._stream(runtime, stagings, reducers, kept, watch, cancel)
-                _check(cancel)
                 watch.committing()
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
@@ -309,13 +308,13 @@ class Job:
         # Closed before the stagings are: no worker may write once another run can take the place.
         with closing(runtime.run(tasks(), self._worker_config(stagings))) as results:
             for result in results:
-                _check(cancel)
                 for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
                     reducer.add(result.piece, spans)
                     staging.record(result.piece, spans)
                 watch.add(result)
                 # Of its outputs, the reducers have what is wanted.
                 done.append((result._replace(outputs=()), time.monotonic() - began))
+                _check(cancel)
         shares = watch.workers.values()
         timings = Timings(
             run_s=time.monotonic() - began,
