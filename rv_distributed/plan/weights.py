@@ -62,7 +62,7 @@ class Weigher:
         return place.layer / last if last else 1.0
 
     def _divisor(self, name: str, alphas: Sequence[float]) -> float:
-        if not self._recipe.normalize:
+        if not self._recipe.normalize or not alphas:
             return 1.0
         total = 0.0
         for alpha in alphas:

@@ -84,6 +84,22 @@ def test_sums_of_alphas_divide_where_that_is_asked_for() -> None:
         plan((1.0, -1.0), operation="linear", normalize=True)
 
 
+def test_what_is_no_number_to_sum_up_is_the_bases_own() -> None:
+    shapes = {"w": ("F32", (2,)), "ids": ("I64", (2,))}
+    opened = {name: described(f"/{name}", shapes) for name in "ab"}
+    recipe = Recipe("linear", None, (Vector("a"), Vector("b")), ((1.0, 1.0),), normalize=True, base="b")
+    tensors = {tensor.name: tensor for tensor in make_plan(recipe, opened, PlanOptions()).tensors}
+    assert (tensors["w"].rule, tensors["w"].target, tensors["w"].weights) == (
+        "combine",
+        None,
+        (Weights((1.0, 1.0), 2.0),),
+    )
+    ids = tensors["ids"]
+    assert (ids.rule, ids.why) == ("copy", "I64 is not a floating-point dtype")
+    assert ids.target is not None
+    assert ids.target.path == "/b/model.safetensors"
+
+
 def test_models_of_a_sum_must_have_the_same_tensors() -> None:
     opened = OPENED | {"b": described("/b", {name: SHAPES[name] for name in list(SHAPES)[1:]})}
     recipe = Recipe("linear", None, (Vector("a"), Vector("b")), ((1.0, 1.0),))
