@@ -91,7 +91,7 @@ def plan_summary(job: Job) -> str:
 def _output(job: Job, number: int) -> str:
     out, place = job.outs[number], job.pushes.get(number)
     text = f"{place}, made in {out} and then pushed" if place is not None else out
-    return f"{text}  (already complete)" if number in job.complete else text
+    return f"{text}  (up to date)" if number in job.complete else text
 
 
 def _room(room: Room, count: int) -> str:

@@ -36,7 +36,7 @@ def files_of(folder: Path) -> list[Path]:
 
 def comparable(content: dict[str, bytes]) -> dict[str, bytes]:
     """Without what differs from run to run, or with the pieces and the names of inputs."""
-    told = (MANIFEST_FILE, "rv_pieces.parquet", "rv_tensors.parquet", "README.md")
+    told = (MANIFEST_FILE, "rv_pieces.parquet", "rv_tensors.parquet", "rv_recipe.yaml", "README.md")
     return {name: data for name, data in content.items() if name not in told}
 
 

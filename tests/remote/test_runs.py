@@ -37,7 +37,7 @@ def test_a_transfer_from_s3_to_s3_makes_the_bytes_of_a_local_one(
     assert run_rv("verify", out, "--against-inputs").status == 0
     again = run_rv(*command)
     assert again.status == 0
-    assert "already complete" in again.stdout
+    assert "up to date" in again.stdout
 
 
 def test_a_stored_vector_and_a_sweep_go_through_stores(s3: StoreServer, in_s3: str, wanted: dict[str, bytes]) -> None:
@@ -93,7 +93,7 @@ def test_an_output_goes_to_the_hub(models: Path, wanted: dict[str, bytes], tmp_p
         assert "hf://ada/made: the upload failed" in failed.stderr
         done = run_with_hub(hub, tmp_path, *command)
         assert done.returncode == 0, done.stderr
-        assert "already complete" in done.stdout
+        assert "up to date" in done.stdout
         repo = hub.repos["ada/made"]
         there = repo.commits[repo.refs["main"]]
         assert comparable({name: data for name, data in there.items() if name != ".gitattributes"}) == wanted
