@@ -17,6 +17,12 @@ def join(uri: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}{mark}{options}"
 
 
+def parent(uri: str) -> str:
+    """The folder of a file, as `join` takes it."""
+    path, mark, options = uri.partition("?") if is_remote(uri) else (uri, "", "")
+    return f"{path.rpartition('/')[0]}{mark}{options}"
+
+
 def last_part(uri: str) -> str:
     """The name of the folder or file itself."""
     return (uri.partition("?")[0] if is_remote(uri) else uri).rstrip("/").rsplit("/", 1)[-1]

@@ -32,9 +32,14 @@ def resolve(uri: str | os.PathLike[str]) -> str:
         return text
     if is_store_uri(text):
         return str(parse_store_uri(text))
-    if _HUB_NAME.fullmatch(text) and not os.path.lexists(text):
+    if is_hub_name(text) and not os.path.lexists(text):
         return HUB + text
     return local_path(text)
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it reads ``org/name`` or ``org/name@revision``; a path may, too."""
+    return _HUB_NAME.fullmatch(text) is not None
 
 
 def resolve_output(uri: str | os.PathLike[str]) -> str:
@@ -116,6 +121,7 @@ __all__ = [
     "PosixFolder",
     "Reader",
     "ShardWriter",
+    "is_hub_name",
     "local_path",
     "open_folder",
     "open_reader",

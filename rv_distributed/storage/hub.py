@@ -112,17 +112,18 @@ def _list(repo: str, revision: str | None) -> _Listing:
     where = str(HubUri(repo, revision, ""))
     if constants.HF_HUB_OFFLINE:
         return _list_cached(repo, revision)
+    local = "" if os.path.lexists(repo) else f"There is no local folder {repo}, either. "
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     except (RepositoryNotFoundError, GatedRepoError) as error:
-        local = "" if os.path.lexists(repo) else f"There is no local folder {repo}, either. "
         remedy = f"{local}For a private or gated model, log in (hf auth login, or HF_TOKEN) and accept its terms."
         raise InputError([Problem(where, f"cannot be read from the Hub: {explained(error)}", remedy)]) from error
     except HFValidationError as error:
         raise UsageError(f"{where} names no repository: {one_line(str(error))}") from error
     except Exception as error:
         # The client's HTTP library has had several names; what it raises has no base here to catch it by.
-        remedy = "Check the revision and the network; a model that is in the cache can be used with HF_HUB_OFFLINE=1."
+        offline = "a model that is in the cache can be used with HF_HUB_OFFLINE=1"
+        remedy = f"{local}Check the revision and the network; {offline}."
         raise InputError([Problem(where, f"cannot be read from the Hub: {explained(error)}", remedy)]) from error
     files = [
         FileState(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")

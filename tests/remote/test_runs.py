@@ -20,6 +20,7 @@ from remote.checkpoints import (
     run_with_hub,
     s3_roles,
 )
+from rv_distributed.checkpoint.uris import join
 from rv_distributed.storage import open_folder
 
 
@@ -51,6 +52,22 @@ def test_a_stored_vector_and_a_sweep_go_through_stores(s3: StoreServer, in_s3: s
     assert done.status == 0, done.stderr
     assert comparable(content_of(template.replace("{alpha}", "0.7"))) == wanted
     assert comparable(content_of(template.replace("{alpha}", "1"))) != wanted
+
+
+def test_an_output_in_a_store_is_made_again_of_its_recipe_and_compared(
+    s3: StoreServer, in_s3: str, models: Path, wanted: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = s3.uri(f"out-{next(NUMBERS)}")
+    assert run_rv("transfer", *s3_roles(s3, in_s3), "--alpha", "0.7", "--out", out, *OPTIONS).status == 0
+    recipe = join(out, "rv_recipe.yaml")
+    assert json.loads(run_rv("recipe", "check", recipe, "--json").stdout)["target"] == s3.uri(f"{in_s3}/target")
+    again = tmp_path / "again"
+    done = run_rv("run", recipe, "--out", again)
+    assert done.status == 0, done.stderr
+    assert comparable({p.relative_to(again).as_posix(): p.read_bytes() for p in files_of(again)}) == wanted
+    assert run_rv("diff", out, again, "--exit-code", "--quiet").status == 0
+    assert run_rv("diff", out, models / "target", "--exit-code", "--quiet").status == 3
+    assert "cannot be read" in run_rv("recipe", "check", join(out, "none.yaml")).stderr
 
 
 def test_stores_and_folders_mix_in_one_command(

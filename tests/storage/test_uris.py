@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rv_distributed.checkpoint.uris import join, last_part, within
+from rv_distributed.checkpoint.uris import join, last_part, parent, within
 from rv_distributed.errors import UsageError
 from rv_distributed.storage import resolve, resolve_output
 from rv_distributed.storage.uris import parse_hub_uri, parse_store_uri
@@ -58,6 +58,9 @@ def test_options_stay_behind_the_files_of_a_folder() -> None:
     assert parse_store_uri(join("s3://bucket/a?region=x", "b")).path == "a/b"
     assert last_part("s3://bucket/a/model?endpoint_override=h/x") == "model"
     assert last_part("/models/a?b") == "a?b"
+    assert parent("s3://bucket/a/b?region=x") == "s3://bucket/a?region=x"
+    assert parent("hf://org/name@main/b") == "hf://org/name@main"
+    assert parent("/models/a?b/c") == "/models/a?b"
 
 
 def test_what_lies_in_what() -> None:
