@@ -44,10 +44,12 @@ def resolve(name: str, folder: str) -> str:
     ``org/name`` on the Hub; and the two parts of ``model+adapter`` each by itself."""
     if is_remote(name):
         return name
-    path = join(folder, name) if is_remote(folder) else os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
+    path = os.path.expanduser(name)
+    in_store = is_remote(folder) and not os.path.isabs(path)
+    path = join(folder, name) if in_store else os.path.normpath(os.path.join(folder, path))
     if os.path.lexists(path):
         return path
     if "+" in name:
         model, _, adapter = name.partition("+")
         return f"{resolve(model, folder)}+{resolve(adapter, folder)}"
-    return path if is_remote(folder) or not is_hub_name(name) else HUB + name
+    return HUB + name if is_hub_name(name) and not in_store else path

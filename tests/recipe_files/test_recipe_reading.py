@@ -15,6 +15,7 @@ from rv_distributed.errors import InputError, UsageError
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import ByTensor, Choice, Recipe, Vector
 from rv_distributed.recipe_files.fields import RecipeFields, recipe_schema
+from rv_distributed.recipe_files.loaded import resolve
 from rv_distributed.recipe_files.reading import load_recipe
 from rv_distributed.recipe_files.writing import recipe_text
 
@@ -181,6 +182,16 @@ def test_models_on_the_hub(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, text)).recipe
     assert recipe.target == f"{tmp_path}/here/a"
     assert recipe.vectors == (Vector("hf://org/a+hf://org/b", "hf://org/a@pr-1"), Vector(f"{tmp_path}/org/a"))
+
+
+def test_names_in_a_recipe_that_lies_in_a_store() -> None:
+    folder = "s3://lab/recipes?region=x"
+    assert resolve("models/a", folder) == "s3://lab/recipes/models/a?region=x"
+    assert [resolve(name, folder) for name in ("/models/a", "gs://lab/a", "a+/b")] == [
+        "/models/a",
+        "gs://lab/a",
+        "s3://lab/recipes/a?region=x+/b",
+    ]
 
 
 RECIPES = {
