@@ -65,6 +65,7 @@ def transfer(
     Examples:
       rv transfer --target instruct --donor grpo --reference sft --alpha 0.7 --out out
       rv transfer --target instruct --donor grpo --reference sft --alpha 0.5,0.7,1.0 --out 'out-{alpha}'
+      rv transfer --target org/instruct --donor s3://lab/grpo --reference sft --out gs://lab/out
     """
     alphas = _alphas(alpha)
     rows = tuple((value,) for _, value in alphas)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rv_distributed.cli import options as opt
-from rv_distributed.cli.terminal import say, warn
+from rv_distributed.cli.terminal import hide_upload_bars, say, warn
 
 
 def push(
@@ -31,9 +31,7 @@ def push(
       rv push out org/name --public --revision v2
     """
     if json or quiet:
-        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
-        disable_progress_bars()
+        hide_upload_bars()
     from rv_distributed.api import push as push_output
 
     pushed = push_output(out, repository, public=public, revision=revision, create_pr=create_pr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from refusal import run_rv
 from servers.hub import TOKEN, hub_server
 from servers.stores import S3_SECRETS, StoreServer, unfinished_uploads
@@ -20,7 +21,7 @@ from remote.checkpoints import (
     run_with_hub,
     s3_roles,
 )
-from rv_distributed.checkpoint.uris import join
+from rv_distributed.checkpoint.uris import join, last_part
 from rv_distributed.storage import open_folder
 
 
@@ -55,7 +56,12 @@ def test_a_stored_vector_and_a_sweep_go_through_stores(s3: StoreServer, in_s3: s
 
 
 def test_an_output_in_a_store_is_made_again_of_its_recipe_and_compared(
-    s3: StoreServer, in_s3: str, models: Path, wanted: dict[str, bytes], tmp_path: Path
+    s3: StoreServer,
+    in_s3: str,
+    models: Path,
+    wanted: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = s3.uri(f"out-{next(NUMBERS)}")
     assert run_rv("transfer", *s3_roles(s3, in_s3), "--alpha", "0.7", "--out", out, *OPTIONS).status == 0
@@ -68,6 +74,9 @@ def test_an_output_in_a_store_is_made_again_of_its_recipe_and_compared(
     assert run_rv("diff", out, again, "--exit-code", "--quiet").status == 0
     assert run_rv("diff", out, models / "target", "--exit-code", "--quiet").status == 3
     assert "cannot be read" in run_rv("recipe", "check", join(out, "none.yaml")).stderr
+    monkeypatch.chdir(tmp_path)
+    assert run_rv("report", out, "--format", "md").status == 0
+    assert list(tmp_path.glob("*.report.md")) == [tmp_path / f"{last_part(out)}.report.md"]
 
 
 def test_stores_and_folders_mix_in_one_command(
@@ -111,6 +120,7 @@ def test_an_output_goes_to_the_hub(models: Path, wanted: dict[str, bytes], tmp_p
         done = run_with_hub(hub, tmp_path, *command)
         assert done.returncode == 0, done.stderr
         assert "up to date" in done.stdout
+        assert "\nhf://ada/made\n" in done.stdout
         repo = hub.repos["ada/made"]
         there = repo.commits[repo.refs["main"]]
         assert comparable({name: data for name, data in there.items() if name != ".gitattributes"}) == wanted
