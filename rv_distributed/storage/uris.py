@@ -65,6 +65,8 @@ def parse_store_uri(text: str) -> StoreUri:
             f"{shown}: {scheme}:// has no option {', '.join(unknown)}; it takes {', '.join(sorted(known))}. "
             "Credentials are not given in a URI, but in the environment or where the storage's own tools look for them."
         )
+    if valueless := [name for name, value in options if not value]:
+        raise UsageError(f"{shown}: the option {valueless[0]} has no value; write {valueless[0]}=…")
     if not is_text(text) or any(part in (".", "..") for part in path.split("/")) or "#" in text:
         raise UsageError(f"{shown!r} is no address of a folder; write for instance {scheme}://bucket/folder")
     user, at, host = authority.rpartition("@")

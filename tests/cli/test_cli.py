@@ -44,7 +44,7 @@ def test_version_is_printed_without_a_command() -> None:
 
 def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
     commands = {"extract", "apply", "transfer", "run", "recipe", "inspect", "diff", "verify", "report", "bench"}
-    commands |= {"demo", "version", "submit"}
+    commands |= {"push", "demo", "version", "submit"}
     listed = rv("--help")
     assert listed.returncode == 0
     assert all(command in listed.stdout for command in commands)
@@ -174,6 +174,13 @@ def test_bad_arguments_exit_with_2_and_say_why(models: Path, tmp_path: Path, mor
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_uri_with_options_may_have_an_alpha(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["apply", "--target", models / "target", "--out", tmp_path / "out"]
+    vectors = ["--vector", "s3:///v?anonymous=1", "--vector", "s3:///w?region=x=0.5"]
+    assert "s3:///v?anonymous=1 names no bucket" in rv(*args, *vectors[:2]).stderr
+    assert "s3:///w?region=x names no bucket" in rv(*args, *vectors[2:]).stderr
 
 
 def test_an_existing_output_is_refused_then_overwritten(models: Path, tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 from refusal import run_rv
+from schemas import strict
 from servers.hub import Hub, hub_server
 
+import rv_distributed as rv
 from remote.checkpoints import OPTIONS, files_of, roles, run_with_hub
 
 
@@ -48,7 +51,11 @@ def test_an_output_arrives_whole_in_a_private_repository(hub: Hub, output: Path,
     hub.put("org/made", stale)
     again = run_with_hub(hub, tmp_path, "push", str(output), "org/made", "--public", "--json")
     assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["private"] is True
+    document = json.loads(again.stdout)
+    schema = Path(rv.__file__).parent / "schemas" / "pushed.schema.json"
+    jsonschema.validate(document, strict(json.loads(schema.read_text())))
+    assert document["private"] is True
+    assert again.stderr.count("\n") == 1
     assert "warning: org/made was there before, and is private" in again.stderr
     assert there(hub, "org/made") == content(output) | {"notes.txt": b"mine"}
 

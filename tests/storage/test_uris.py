@@ -37,6 +37,7 @@ def test_a_uri_has_one_spelling(text: str, resolved: str) -> None:
         ("abfs://box:SECRET@account.dfs.core.windows.net/a", r"credentials are not given in a URI"),
         ("s3://bucket/a?access_key=SECRET", r"s3:// has no option access_key; it takes anonymous, endpoint_override"),
         ("abfs://box@account.dfs.core.windows.net/a?sig=SECRET", r"abfs:// has no option sig"),
+        ("s3://bucket/a?anonymous", r"the option anonymous has no value"),
         ("s3:///a", r"names no bucket"),
         ("gs://anonymous@/a", r"names no bucket"),
         ("abfs://box/a", r"does not name container and account"),
