@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
+from rv_distributed.checkpoint.uris import is_remote, last_part
 from rv_distributed.cli.options import Json
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import OutputError, RunError, UsageError, one_line
@@ -16,7 +17,9 @@ from rv_distributed.storage.publish import write_durably
 
 
 def report(
-    outs: Annotated[list[str], typer.Argument(help="Folder of an output; several are compared.", metavar="OUT...")],
+    outs: Annotated[
+        list[str], typer.Argument(help="Folder of an output, or its URI; several are compared.", metavar="OUT...")
+    ],
     form: Annotated[
         Literal["html", "md"], typer.Option("--format", help="html: one page with figures; md: tables.")
     ] = "html",
@@ -36,7 +39,7 @@ def report(
     """
     from rv_distributed.report import report as make_report
 
-    name = os.path.basename(os.path.abspath(outs[0])) if len(outs) == 1 else "comparison"
+    name = last_part(outs[0] if is_remote(outs[0]) else os.path.abspath(outs[0])) if len(outs) == 1 else "comparison"
     path = out if out is not None else f"{name}.report.{form}"
     if path == "-" and json:
         raise UsageError("--json and --out - would both write to stdout; name a file")
