@@ -10,7 +10,7 @@ from typing import Final
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.checkpoint.table import TensorRow
 from rv_distributed.errors import NonFiniteError, Problem
-from rv_distributed.plan import Operand, Plan, TensorPlan
+from rv_distributed.plan import Operand, Plan, Segment
 
 _MOST_SHOWN: Final = 20
 _REMEDY: Final = "Repair the checkpoint; or run again with --allow-nonfinite, which publishes what is finished already."
@@ -31,17 +31,19 @@ def _problems(plan: Plan, out: str, rows: Iterable[TensorRow]) -> Iterator[Probl
         if row.first_nonfinite is None:
             continue
         count = f"{row.nan + row.infinite} of {math.prod(row.shape)} elements are NaN or infinite in {out}"
-        sources = [(role, operand, _element(operand, row.first_nonfinite)) for role, operand in _operands(tensor)]
+        at = row.first_nonfinite * item_bytes(tensor.dtype)
+        segment = next(segment for segment in tensor.segments if at < segment.stop)
+        sources = [(role, operand, _element(operand, row.first_nonfinite)) for role, operand in _operands(segment)]
         found = ", ".join(f"{role} {value}" for role, _, value in sources)
         where = next((operand.path for _, operand, value in sources if not math.isfinite(value)), out)
         why = "" if where != out else f"; the sum is too large for {row.dtype}"
         yield Problem(where, f"{count}, the first at index {row.first_nonfinite} ({found}){why}", _REMEDY, row.name)
 
 
-def _operands(tensor: TensorPlan) -> Iterator[tuple[str, Operand]]:
-    if tensor.target is not None:
-        yield "target", tensor.target
-    for vector in tensor.vectors:
+def _operands(segment: Segment) -> Iterator[tuple[str, Operand]]:
+    if segment.target is not None:
+        yield "target", segment.target
+    for vector in segment.vectors:
         if vector.minus is None:
             yield "vector", vector.plus
         else:

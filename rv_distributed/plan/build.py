@@ -17,7 +17,7 @@ from rv_distributed.checkpoint.model import Checkpoint, Tensor
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
-from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
+from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, Segment, TensorPlan, VectorOperand
 from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, Stats, as_float32
 
 _MAX_REPORTED: Final = 20
@@ -143,7 +143,8 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         for name, tensor, rule, dtype, operands, why in planned[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
             target = None if extracting else _operand(frame, tensor)
-            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, target, operands, why))
+            segment = Segment(end - start, target, operands)
+            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, (segment,), why))
     return Plan(
         operation=recipe.operation,
         inputs=_inputs(recipe, opened),

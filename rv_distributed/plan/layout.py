@@ -72,17 +72,11 @@ def _spans(plan: Plan, piece: Piece) -> Iterator[Span]:
     index = bisect_right(plan.tensors, piece.start, shard.first, end, key=lambda tensor: tensor.stop)
     while index < end and plan.tensors[index].start < piece.stop:
         tensor = plan.tensors[index]
-        start, stop = max(tensor.start, piece.start), min(tensor.stop, piece.stop)
-        if start < stop:
-            yield Span(
-                index,
-                tensor.name,
-                tensor.dtype,
-                start - tensor.start,
-                stop - tensor.start,
-                start,
-                tensor.rule,
-                tensor.target,
-                tensor.vectors,
-            )
+        start, last = max(piece.start - tensor.start, 0), min(piece.stop, tensor.stop) - tensor.start
+        for segment in tensor.segments:
+            stop, at = min(segment.stop, last), tensor.start + start
+            if start < stop:
+                _, target, vectors = segment
+                yield Span(index, tensor.name, tensor.dtype, start, stop, at, tensor.rule, target, vectors)
+                start = stop
         index += 1

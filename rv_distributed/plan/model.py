@@ -12,10 +12,13 @@ Rule = Literal["combine", "cast", "copy"]
 
 
 class Operand(NamedTuple):
-    """A source tensor: ``elements`` of ``dtype`` in ``path`` from byte ``offset``."""
+    """Where a source has elements of an output's tensor: element ``i`` of that lies in ``path`` from byte
+    ``offset + i·item``."""
 
     path: str
     offset: int
+    """Where element 0 lies, or would lie: a segment's source need not have the elements before it, and then this may
+    be below 0."""
     dtype: str
 
 
@@ -26,6 +29,17 @@ class VectorOperand(NamedTuple):
     """Index into the recipe's vectors."""
     plus: Operand
     minus: Operand | None
+
+
+class Segment(NamedTuple):
+    """Consecutive elements of an output's tensor that are made from the same operands."""
+
+    stop: int
+    """One past its last byte, counted in the tensor. It begins where the segment before it ends."""
+    target: Operand | None
+    """None when a vector is extracted."""
+    vectors: tuple[VectorOperand, ...]
+    """Empty where no vector is added."""
 
 
 class TensorPlan(NamedTuple):
@@ -41,9 +55,10 @@ class TensorPlan(NamedTuple):
     """First byte, in the shard's file."""
     stop: int
     rule: Rule
-    """``combine``: arithmetic; ``cast``: the target rounded to another dtype; ``copy``: its bytes."""
-    target: Operand | None
-    vectors: tuple[VectorOperand, ...]
+    """``combine``: arithmetic, in some segment at least; ``cast``: the target rounded to another dtype; ``copy``: its
+    bytes."""
+    segments: tuple[Segment, ...]
+    """One, where sources have the whole tensor as it is; else several, in order."""
     why: str
     """Why this rule, in words for the tables; empty for ``combine``."""
 
@@ -71,7 +86,7 @@ class Piece(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The part of one tensor that lies in a piece."""
+    """The part of one tensor's segment that lies in a piece."""
 
     tensor: int
     """Index into ``Plan.tensors``."""
@@ -95,6 +110,15 @@ class PieceTask(NamedTuple):
     literal: bytes
     """Header bytes at the start of the piece; empty but in a shard's first pieces."""
     spans: tuple[Span, ...]
+    """In file order; those of one tensor follow each other."""
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """The tensors that lie in the piece, each with how many of its bytes do."""
+        parts: dict[int, int] = {}
+        for span in self.spans:
+            parts[span.tensor] = parts.get(span.tensor, 0) + span.stop - span.start
+        return list(parts.items())
 
 
 class PlannedInput(NamedTuple):

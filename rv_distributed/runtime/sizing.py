@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.errors import UsageError
-from rv_distributed.plan import Operand, Plan, TensorPlan
+from rv_distributed.plan import Operand, Plan, Segment, TensorPlan
 from rv_distributed.runtime.model import BLOCK_BYTES
 
 #: Large enough for full storage speed, small enough that many streams fit a small budget.
@@ -33,7 +33,7 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     Raises UsageError when not even one stream with the smallest chunks fits.
     """
     outputs = len(plan.alphas)
-    ratio = max((_operand_ratio(tensor) for tensor in plan.tensors), default=1.0)
+    ratio = max((_operand_ratio(tensor, segment) for tensor in plan.tensors for segment in tensor.segments), default=1.0)
     scratch = _SCRATCH_BYTES * (1 + outputs)
     if plan.arithmetic.compute_dtype == "float64":
         # As many elements as a block of a 16-bit dtype has.
@@ -55,16 +55,22 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     return Sizing(streams, chunk, streams * stream_bytes(chunk))
 
 
-def _operand_ratio(tensor: TensorPlan) -> float:
+def _operand_ratio(tensor: TensorPlan, segment: Segment) -> float:
     """Bytes read for each byte written."""
     if tensor.rule == "copy":
         return 1.0
-    operands: list[Operand] = [tensor.target] if tensor.target is not None else []
-    for vector in tensor.vectors:
+    operands: list[Operand] = [segment.target] if segment.target is not None else []
+    for vector in segment.vectors:
         operands += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
     return sum(item_bytes(operand.dtype) for operand in operands) / item_bytes(tensor.dtype)
 
 
 def bytes_to_read(plan: Plan) -> int:
     """Bytes of tensor data that a run of the whole plan reads."""
-    return sum(round((tensor.stop - tensor.start) * _operand_ratio(tensor)) for tensor in plan.tensors)
+    total = 0
+    for tensor in plan.tensors:
+        start = 0
+        for segment in tensor.segments:
+            total += round((segment.stop - start) * _operand_ratio(tensor, segment))
+            start = segment.stop
+    return total
