@@ -33,7 +33,9 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     Raises UsageError when not even one stream with the smallest chunks fits.
     """
     outputs = len(plan.alphas)
-    ratio = max((_operand_ratio(tensor, segment) for tensor in plan.tensors for segment in tensor.segments), default=1.0)
+    ratio = max(
+        (_operand_ratio(tensor, segment) for tensor in plan.tensors for segment in tensor.segments), default=1.0
+    )
     scratch = _SCRATCH_BYTES * (1 + outputs)
     if plan.arithmetic.compute_dtype == "float64":
         # As many elements as a block of a 16-bit dtype has.
