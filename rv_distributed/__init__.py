@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rv_distributed.plan import PlanOptions
     from rv_distributed.recipe import Recipe, Vector
     from rv_distributed.runtime.select import RunOptions
+    from rv_distributed.small_files import read_key_mapping
     from rv_distributed.verification import verify, verify_against_inputs
     from rv_distributed.watching import Progress, Share
 
@@ -68,6 +69,7 @@ __all__ = [
     "extract",
     "open_checkpoint",
     "prepare",
+    "read_key_mapping",
     "transfer",
     "verify",
     "verify_against_inputs",
@@ -103,6 +105,7 @@ _HOMES = {
     "extract": "rv_distributed.api",
     "open_checkpoint": "rv_distributed.opening",
     "prepare": "rv_distributed.job",
+    "read_key_mapping": "rv_distributed.small_files",
     "transfer": "rv_distributed.api",
     "verify": "rv_distributed.verification",
     "verify_against_inputs": "rv_distributed.verification",

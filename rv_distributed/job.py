@@ -18,6 +18,7 @@ from typing import Literal
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.pieces import PieceRow
+from rv_distributed.checkpoint.sidecars import sidecars_of
 from rv_distributed.errors import InputError, OutputError, PieceError, Problem, RunError, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.opening import open_checkpoint, same_weights
@@ -44,13 +45,13 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
         raise UsageError("give each alpha an output of its own")
     outs = [local_path(out) for out in outs]
     with _collector_paused():
-        opened, problems = _open_all(recipe)
+        opened, problems = _open_all(recipe, vocabulary=plan_options.needs_vocabularies)
         plan = None
         if problems:
             readable = [opened[name] for name in recipe.inputs if name in opened]
-            problems += misfits(readable, plan_options.selects if plan_options.is_selective else None)
+            problems += misfits(readable, plan_options)
         else:
-            problems += _whole_problems(recipe, opened)
+            problems += _whole_problems(recipe, opened, recipe.giver(plan_options.sidecars_from))
             try:
                 plan = make_plan(recipe, opened, plan_options)
             except InputError as error:
@@ -93,19 +94,16 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _open_all(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[Problem]]:
+def _open_all(recipe: Recipe, *, vocabulary: bool) -> tuple[dict[str, Checkpoint], list[Problem]]:
     """The checkpoints that could be opened, by the recipe's names for them, and what is wrong with the others."""
-    uris = [recipe.target] if recipe.target is not None else []
-    for vector in recipe.vectors:
-        uris += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
 
     def load(uri: str) -> Checkpoint | InputError:
         try:
-            return open_checkpoint(uri)
+            return open_checkpoint(uri, vocabulary=vocabulary)
         except InputError as error:
             return error
 
-    unique = list(dict.fromkeys(uris))
+    unique = list(dict.fromkeys(name for _, name in recipe.roles))
     opened: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     with ThreadPoolExecutor(len(unique)) as pool:
@@ -117,7 +115,7 @@ def _open_all(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[Problem]]:
     return opened, problems
 
 
-def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Problem]:
+def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint], giver: str) -> list[Problem]:
     """What is wrong with files that the plan does not look into: donors that are their reference, and small files
     that would be copied from elsewhere or cannot be read."""
     problems = []
@@ -132,9 +130,8 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Pr
         except OSError as error:
             what = f"cannot be read: {error.strerror or error}"
             problems.append(Problem(str(error.filename or plus.uri), what, "Check its storage."))
-    frame = opened[recipe.frame]
-    folder = open_folder(frame.uri)
-    for sidecar in frame.sidecars:
+    for checkpoint, sidecar in sidecars_of(opened[recipe.frame], opened[giver]):
+        folder = open_folder(checkpoint.uri)
         path = folder.path(sidecar.name)
         if elsewhere := folder.leads_elsewhere(sidecar.name):
             what = f"is a link to {elsewhere}, outside of the checkpoint, and would be copied into the output"
@@ -194,7 +191,7 @@ class Job:
     @property
     def rooms(self) -> tuple[Room, ...]:
         """The file systems that the outputs go to, with the room that they take there and the room that there is."""
-        sidecars = sum(file.size for file in self.opened[self.recipe.frame].sidecars)
+        sidecars = sum(file.size for file in self.plan.sidecars)
         return rooms([self.outs[number] for number in self.todo], self.plan.output_bytes + sidecars)
 
     def check_space(self) -> None:
@@ -239,8 +236,7 @@ class Job:
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
                         reducer.check_finite()
-                frame = self.opened[self.recipe.frame]
-                manifests = [reducer.commit(frame, self.opened, timings, pieces) for reducer in reducers]
+                manifests = [reducer.commit(timings, pieces) for reducer in reducers]
             except BaseException as error:
                 watch.stopped(error)
                 raise

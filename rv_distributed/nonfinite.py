@@ -59,5 +59,5 @@ def _element(operand: Operand, index: int) -> float:
         raw = file.read(width)
     if operand.dtype == "BF16":
         raw = bytes(2) + raw
-    value: float = struct.unpack("<e" if operand.dtype == "F16" else "<f", raw)[0]
+    value: float = struct.unpack({"F16": "<e", "F64": "<d"}.get(operand.dtype, "<f"), raw)[0]
     return value

@@ -24,15 +24,15 @@ from rv_distributed.checkpoint.header import (
 from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormatError, parse_index
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
-from rv_distributed.checkpoint.sidecars import is_sidecar
+from rv_distributed.checkpoint.sidecars import why_left_out
 from rv_distributed.errors import InputError, Problem
+from rv_distributed.small_files import read_bounded, read_vocabulary, tie_warnings
 from rv_distributed.storage import PosixFolder, open_folder
 from rv_distributed.storage.posix import is_text, same_bytes
 
 #: One read fetches most headers whole.
 _FIRST_READ_BYTES: Final = 256 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
-_MAX_JSON_BYTES: Final = 100_000_000
 _PARALLEL_READS: Final = 16
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 _CHECK_ACCESS: Final = "Check its permissions and its storage."
@@ -60,8 +60,8 @@ _OTHER_FORMATS: Final = (
 _SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
-def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
-    """Read everything but the weights of the checkpoint in a folder.
+def open_checkpoint(uri: str | os.PathLike[str], *, vocabulary: bool = False) -> Checkpoint:
+    """Read everything but the weights of the checkpoint in a folder; of its tokenizer, with ``vocabulary``, the tokens.
 
     ``open_checkpoint(uri).tensors[name]`` gives a tensor's dtype, shape, file and byte range.
 
@@ -102,6 +102,12 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         problems += _check_index(folder, weight_map, tensors)
     config = _read_json(folder, files, "config.json", problems)
     manifest = _read_json(folder, files, MANIFEST_FILE, problems)
+    tokens = read_vocabulary(folder, files, problems) if vocabulary else None
+    if not problems:
+        try:
+            warnings += tie_warnings(folder, config or {}, tensors)
+        except OSError as error:
+            problems.append(Problem(folder.uri, f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
     if problems:
         raise InputError(problems)
     revision = _SNAPSHOT.search(folder.uri)
@@ -109,12 +115,18 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         uri=folder.uri,
         tensors=tensors,
         weight_files=tuple(shards),
-        sidecars=tuple(file for name, file in files.items() if is_sidecar(name)),
+        sidecars=tuple(file for name, file in files.items() if not why_left_out(name)),
         config=config or {},
         fingerprint="blake3:" + digest.hexdigest(),
         revision=revision.group(1) if revision else None,
         manifest=manifest,
         warnings=tuple(warnings),
+        left_out=tuple(
+            (name, why)
+            for name, file in files.items()
+            if (why := why_left_out(name)) and file not in shards and name != INDEX_FILE
+        ),
+        vocabulary=tokens,
     )
 
 
@@ -131,7 +143,7 @@ def _choose_shards(
         return None, [files[name] for name in present]
     where = folder.path(INDEX_FILE)
     try:
-        weight_map = parse_index(_read_bounded(folder, files[INDEX_FILE]))
+        weight_map = parse_index(read_bounded(folder, files[INDEX_FILE]))
     except IndexFormatError as error:
         problems.append(Problem(where, str(error), _DOWNLOAD_AGAIN))
         return None, []
@@ -157,7 +169,7 @@ def _unreachable(folder: PosixFolder) -> list[Problem]:
     problems = [
         Problem(folder.path(name), f"is a link to {leads_to}, where no file can be reached", _RELINK)
         for name, leads_to in folder.broken_links().items()
-        if is_sidecar(name) or name.endswith((".safetensors", INDEX_FILE, MANIFEST_FILE))
+        if not why_left_out(name) or name.endswith((".safetensors", INDEX_FILE, MANIFEST_FILE))
     ]
     expected = (INDEX_FILE, SINGLE_FILE, "config.json", MANIFEST_FILE)
     is_folder = "is a folder, but the model's file of this name is wanted"
@@ -231,7 +243,7 @@ def _read_json(
     if name not in files:
         return None
     try:
-        document = json.loads(_read_bounded(folder, files[name]))
+        document = json.loads(read_bounded(folder, files[name]))
     except OSError as error:
         problems.append(Problem(folder.path(name), f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
         return None
@@ -242,9 +254,3 @@ def _read_json(
         problems.append(Problem(folder.path(name), "is not a JSON object", _DOWNLOAD_AGAIN))
         return None
     return document
-
-
-def _read_bounded(folder: PosixFolder, file: FileState) -> bytes:
-    if file.size > _MAX_JSON_BYTES:
-        raise OSError(f"has {file.size} bytes, more than any such file needs")
-    return folder.read(file.name)

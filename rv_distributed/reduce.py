@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 
@@ -23,14 +23,15 @@ from rv_distributed.checkpoint.manifest import (
     PIECES_FILE,
     TABLE_FILE,
     FileEntry,
+    FileLeftOut,
     InputEntry,
     LeftOut,
     Manifest,
+    RuleEntry,
     ShardEntry,
     Timings,
     Totals,
 )
-from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.pieces import PieceRow, write_pieces
 from rv_distributed.checkpoint.sidecars import with_dtype
 from rv_distributed.checkpoint.table import TensorRow, shard_digest, write_table
@@ -68,12 +69,10 @@ class Reducer:
         check_unchanged(self._plan)
         check_finite(self._plan, self._staging.out, self._results[0])
 
-    def commit(
-        self, frame: Checkpoint, opened: Mapping[str, Checkpoint], timings: Timings, pieces: Sequence[PieceRow]
-    ) -> Manifest:
+    def commit(self, timings: Timings, pieces: Sequence[PieceRow]) -> Manifest:
         """Write the small files, flush everything, publish, and return the manifest.
 
-        ``frame`` is the checkpoint whose sidecar files go with the output; ``pieces`` say who made what and when.
+        ``pieces`` say who made what and when.
         Raises RunError when a piece is missing, ChangedError when an input is no longer what the plan was made from,
         and OSError.
         """
@@ -83,10 +82,9 @@ class Reducer:
         if len(self._plan.shards) > 1:
             weight_map = {row.name: row.shard for row in rows}
             files.append(self._write(INDEX_FILE, build_index(weight_map, self._plan.data_bytes)))
-        folder = open_folder(frame.uri)
         dtype = dict(self._plan.options)["dtype"]
-        for sidecar in frame.sidecars:
-            data = folder.read(sidecar.name)
+        for sidecar in self._plan.sidecars:
+            data = open_folder(sidecar.uri).read(sidecar.name)
             if sidecar.name == "config.json" and dtype != "auto":
                 data = with_dtype(data, dtype)
             files.append(self._write(sidecar.name, data))
@@ -103,12 +101,14 @@ class Reducer:
             identity=identity_digest(self._staging.identity),
             shards=self._shards(rows),
             files=tuple(files),
+            rules=tuple(RuleEntry(rule, what) for rule, what in self._plan.rules),
             left_out=tuple(LeftOut(name, why) for name, why in self._plan.left_out),
+            files_left_out=tuple(FileLeftOut(name, why) for name, why in self._plan.files_left_out),
             totals=totals,
             timings=timings,
         )
-        names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
-        card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(frame)).encode())
+        names = {item.uri: model_name(item.uri) for item in self._plan.inputs}
+        card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(self._plan.giver)).encode())
         manifest = manifest.with_file(card).sealed()
         entry = self._write(MANIFEST_FILE, manifest.to_json())
         # Once more, as the small files were read after the first time.
@@ -172,11 +172,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
-def _license_of(checkpoint: Checkpoint) -> dict[str, str]:
+def _license_of(uri: str) -> dict[str, str]:
     """The licence in the metadata of a checkpoint's own model card, if it has one."""
     from yaml import YAMLError
 
-    path = os.path.join(checkpoint.uri, _CARD_FILE)
+    path = os.path.join(uri, _CARD_FILE)
     try:
         if os.path.getsize(path) > _MAX_CARD_BYTES:
             return {}

@@ -50,6 +50,7 @@ def _row(plan: Plan, tensor: TensorPlan, parts: tuple[PartDigest, ...], measures
         parts=parts,
         rule=tensor.rule,
         why=tensor.why,
+        matched=tensor.matched,
         v_norm=v_norm if measured else None,
         t_norm=t_norm if moves else None,
         v_t_ratio=ratio(v_norm, t_norm) if moves else None,

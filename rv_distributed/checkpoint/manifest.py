@@ -64,6 +64,23 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class FileLeftOut:
+    """A file of an input that does not go with the output."""
+
+    file: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RuleEntry:
+    """A rule by which tensors were matched otherwise than by name and shape."""
+
+    rule: str
+    what: str
+    """What it did, in words."""
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """Sums over the whole output."""
 
@@ -143,7 +160,9 @@ class Manifest:
     same command knows its finished output by it."""
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
+    rules: tuple[RuleEntry, ...]
     left_out: tuple[LeftOut, ...]
+    files_left_out: tuple[FileLeftOut, ...]
     totals: Totals
     timings: Timings
     schema_version: int = SCHEMA_VERSION
@@ -184,7 +203,9 @@ def manifest_from(document: object) -> Manifest:
         "inputs": _all_of(InputEntry, document.get("inputs")),
         "shards": _all_of(ShardEntry, document.get("shards")),
         "files": _all_of(FileEntry, document.get("files")),
+        "rules": _all_of(RuleEntry, document.get("rules")),
         "left_out": _all_of(LeftOut, document.get("left_out")),
+        "files_left_out": _all_of(FileLeftOut, document.get("files_left_out")),
         "alphas": tuple(_alpha(alpha) for alpha in _list(document.get("alphas"))),
         "totals": _one_of(Totals, document.get("totals")),
         "timings": _one_of(Timings, document.get("timings")),
@@ -295,7 +316,9 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
             "identity": _DIGEST,
             "shards": _array(_object({"name": _TEXT, "bytes": _COUNT, "digest": _DIGEST})),
             "files": _array(_object({"name": _TEXT, "bytes": _COUNT, "digest": _DIGEST})),
+            "rules": _array(_object({"rule": _TEXT, "what": _TEXT})),
             "left_out": _array(_object({"tensor": _TEXT, "why": _TEXT})),
+            "files_left_out": _array(_object({"file": _TEXT, "why": _TEXT})),
             "totals": _object(
                 {
                     **dict.fromkeys(("tensors", "combined", "cast", "copied", "parameters", "data_bytes"), _COUNT),

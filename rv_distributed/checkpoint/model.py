@@ -60,6 +60,10 @@ class Checkpoint:
     """rv_manifest.json, if this is an output of ours."""
     warnings: tuple[str, ...]
     """What was odd but harmless, such as a shard that no index names."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Files that are no part of the model, each with the reason. Of version control and caches, nothing is named."""
+    vocabulary: Mapping[int, str] | None = None
+    """The token of every id; None when nothing tells, or nobody asked."""
 
     @property
     def parameters(self) -> int:

@@ -6,6 +6,8 @@ import re
 from pathlib import PurePosixPath
 from typing import Final
 
+from rv_distributed.checkpoint.model import Checkpoint, FileState
+
 #: Weights of other formats: copied, they would be another model's beside the new one, and a pickle runs code.
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".nemo", ".distcp"})
 _FROM_JAX_AND_KERAS: Final = frozenset({".h5", ".hdf5", ".keras", ".msgpack", ".pb", ".tflite", ".npy", ".npz"})
@@ -15,21 +17,49 @@ _OWN_NAMES: Final = frozenset(
     {"rv_manifest.json", "rv_tensors.parquet", "rv_pieces.parquet", "rv_recipe.yaml", "README.md"}
 )
 _LEFT_OUT_FOLDERS: Final = frozenset({".git", ".cache", "__pycache__"})
+#: Of the trainers of transformers, DeepSpeed, Accelerate, FSDP and verl; whole paths.
+_TRAINING_STATE: Final = re.compile(
+    r"(?:.*/)?(?:(?:checkpoint-|global_step_?)\d+/.*|(?:optimizer|scheduler|rng_state|random_states)[^/]*"
+    r"|trainer_state\.json|training_args\.[^/]*|latest|latest_checkpointed_iteration\.txt|zero_to_fp32\.py)"
+)
+_TRAINING_LOG: Final = re.compile(
+    r"(?:.*/)?(?:(?:runs|wandb|mlruns|tensorboard|swanlog|logs)/.*|events\.out\.tfevents\.[^/]*|[^/]*\.log"
+    r"|trainer_log\.jsonl|training_[^/]*\.png|(?:all|train|eval|test|predict)_results\.json)"
+)
 _DTYPE_FIELD: Final = re.compile(rb'("(?:torch_dtype|dtype)"\s*:\s*")(?:float32|bfloat16|float16)(")')
 
 
-def is_sidecar(name: str) -> bool:
-    """Whether a file goes with the model into every output.
+def why_left_out(name: str) -> str:
+    """Why a file does not go with the model into every output; empty when it does.
 
-    Left out: weights of any format and their indexes, version control and caches, and the files that an
-    output has of its own (model card, manifest, tables).
+    Left out: weights of any format and their indexes, what training needs or tells, version control and caches, and
+    the files that an output has of its own (model card, manifest, tables).
     """
     path = PurePosixPath(name)
-    if any(part in _LEFT_OUT_FOLDERS for part in path.parts[:-1]):
-        return False
+    if name in _OWN_NAMES:
+        return "an output has its own"
+    if any(part in _LEFT_OUT_FOLDERS for part in path.parts[:-1]) or path.name in {".gitattributes", ".gitignore"}:
+        return "version control or cache"
+    if _TRAINING_STATE.fullmatch(name):
+        return "training state"
+    if _TRAINING_LOG.fullmatch(name):
+        return "training log"
     if path.suffix.lower() in _WEIGHT_SUFFIXES or name.endswith(".index.json"):
-        return False
-    return name not in _OWN_NAMES and path.name not in {".gitattributes", ".gitignore"}
+        return "weights"
+    return ""
+
+
+def sidecars_of(frame: Checkpoint, giver: Checkpoint) -> tuple[tuple[Checkpoint, FileState], ...]:
+    """The files that go with an output, each with the checkpoint that has it: those of ``giver``, but for the config
+    and the code, which have to fit the tensors and are the frame's."""
+    if giver is frame:
+        return tuple((frame, file) for file in frame.sidecars)
+    own = [(frame, file) for file in frame.sidecars if _describes_tensors(file.name)]
+    return (*own, *((giver, file) for file in giver.sidecars if not _describes_tensors(file.name)))
+
+
+def _describes_tensors(name: str) -> bool:
+    return name == "config.json" or name.endswith(".py")
 
 
 def with_dtype(config: bytes, dtype: str) -> bytes:

@@ -62,25 +62,30 @@ def plan_summary(job: Job) -> str:
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
     rows += [("output", f"{out}  (already complete)" if n in job.complete else out) for n, out in enumerate(job.outs)]
+    rows.append(("tensors", _tensors(job)))
+    if others := [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]:
+        rows.append(("", f"not computed: {_some(others)}"))
+    rows += job.plan.rules
+    if names := [name for name, _ in job.plan.left_out]:
+        rows.append(("left out", f"{plural(len(names), 'tensor')} with no place in the output: {_some(names)}"))
+    if job.plan.giver != job.opened[job.recipe.frame].uri:
+        rows.append(("sidecars", f"{len(job.plan.sidecars)}, those of {job.plan.giver} but for config and code"))
+    if files := [f"{name} ({why})" for name, why in job.plan.files_left_out]:
+        rows.append(("not copied", f"{plural(len(files), 'file')}: {_some(files)}"))
     shards, pieces, rooms = len(job.plan.shards), len(job.plan.pieces), job.rooms
     each = " each" if len(job.outs) > 1 else ""
     rows += [
-        ("tensors", _tensors(job)),
         ("read", show_bytes(job.bytes_in)),
         ("write", f"{show_bytes(job.bytes_out)}, in {plural(shards, 'file')} and {plural(pieces, 'piece')}{each}"),
         ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms) or "none needed"),
         ("runtime", _runtime(job)),
     ]
-    others = [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]
-    if others:
-        rows.insert(-3, ("", f"not computed: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"))
-    if job.plan.left_out:
-        names = ", ".join(name for name, _ in job.plan.left_out[:3])
-        more = ", …" if len(job.plan.left_out) > 3 else ""
-        rows.append(
-            ("left out", f"{plural(len(job.plan.left_out), 'tensor')} with no place in the output: {names}{more}")
-        )
-    return "\n".join(f"{label:>10}  {one_line(text)}" for label, text in rows)
+    width = max(10, *(len(label) for label, _ in rows))
+    return "\n".join(f"{label:>{width}}  {one_line(text)}" for label, text in rows)
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:3]) + (", …" if len(texts) > 3 else "")
 
 
 def _room(room: Room, count: int) -> str:
@@ -126,7 +131,11 @@ def plan_document(job: Job) -> dict[str, Any]:
         "tensors": len(job.plan.tensors),
         "computed": sum(tensor.rule == "combine" for tensor in job.plan.tensors),
         "copied": [{"tensor": t.name, "rule": t.rule, "why": t.why} for t in job.plan.tensors if t.rule != "combine"],
+        "rules": [{"rule": rule, "what": what} for rule, what in job.plan.rules],
+        "matched": [{"tensor": t.name, "how": t.matched} for t in job.plan.tensors if t.matched],
         "left_out": [{"tensor": name, "why": why} for name, why in job.plan.left_out],
+        "sidecars": [{"file": file.name, "from": file.uri} for file in job.plan.sidecars],
+        "files_left_out": [{"file": name, "why": why} for name, why in job.plan.files_left_out],
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in job.plan.shards],
         "pieces": len(job.plan.pieces),
         "bytes_read": job.bytes_in,

@@ -1,6 +1,6 @@
 """Planning: pure functions from opened checkpoints to a `Plan`. No I/O, no torch, no ray."""
 
-from rv_distributed.plan.build import PlanOptions, make_plan
+from rv_distributed.plan.build import make_plan
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, task_of
 from rv_distributed.plan.model import (
@@ -14,6 +14,7 @@ from rv_distributed.plan.model import (
     Span,
     TensorPlan,
 )
+from rv_distributed.plan.options import PlanOptions, recorded_options
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -31,5 +32,6 @@ __all__ = [
     "cut_pieces",
     "make_plan",
     "misfits",
+    "recorded_options",
     "task_of",
 ]

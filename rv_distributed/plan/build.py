@@ -6,148 +6,92 @@ The frame (the target, or the donor when a vector is extracted) gives names, sha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple, get_args
+from typing import Final, NamedTuple
 
-from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
+from rv_distributed.checkpoint.config import vocab_size
+from rv_distributed.checkpoint.dtypes import ARITHMETIC, FROM_USER, item_bytes
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
+from rv_distributed.checkpoint.sidecars import sidecars_of
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
-from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
-from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, Segment, TensorPlan, VectorOperand
-from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, Stats, as_float32
+from rv_distributed.plan.layout import cut_pieces, lay_out
+from rv_distributed.plan.matching import Match, Pair, Side, match
+from rv_distributed.plan.model import Operand, Plan, PlannedInput, PlannedSidecar, Rule, Segment, TensorPlan
+from rv_distributed.plan.options import PlanOptions
+from rv_distributed.plan.sources import Frame, Source
+from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, as_float32
 
 _MAX_REPORTED: Final = 20
 
 
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """The options that decide what is written."""
+class _Entry(NamedTuple):
+    """A tensor of the output, before it has a place."""
 
-    dtype: str = "auto"
-    """Of the output's F16, BF16 and F32 tensors: float32, bfloat16, float16, or auto: the target's own, tensor
-    by tensor, and float32 for a vector."""
-    max_shard_bytes: int = 5_000_000_000
-    """Most tensor data in one shard; a larger tensor gets a shard to itself."""
-    include: str | None = None
-    """Only tensors whose name this regular expression finds get the vectors."""
-    exclude: str | None = None
-    """Tensors whose name this regular expression finds do not get the vectors."""
-    piece_bytes: int = PIECE_BYTES
-    """Size of the unit of scheduling: 1 MiB times a power of two."""
-    rounding: Rounding = "nearest"
-    """To outputs of 16 bits: nearest (even), or stochastic, whose expectation is the value that is rounded."""
-    seed: int = 0
-    """Of stochastic rounding: 0 to 2⁶⁴ − 1. The same seed gives the same bytes, wherever they are computed."""
-    compute_dtype: ComputeDType = "float32"
-    """In which the arithmetic is done, and alpha used."""
-    stats: Stats = "full"
-    """What is measured of every tensor: see the README. It changes the table and the manifest, not the weights."""
-
-    def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in FROM_USER:
-            raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(sorted(FROM_USER))}")
-        if self.max_shard_bytes <= 0:
-            raise UsageError("the largest shard must have a positive size")
-        # Then the measures add up to the same sums for every size.
-        if self.piece_bytes < PIECE_ALIGNMENT or self.piece_bytes & (self.piece_bytes - 1):
-            raise UsageError(f"pieces must be of 1 MiB times a power of two, not of {self.piece_bytes} bytes")
-        if self.rounding not in get_args(Rounding):
-            raise UsageError(f"rounding {self.rounding!r} is not one of {', '.join(get_args(Rounding))}")
-        if self.compute_dtype not in get_args(ComputeDType):
-            raise UsageError(f"compute dtype {self.compute_dtype!r} is not one of {', '.join(get_args(ComputeDType))}")
-        if self.stats not in get_args(Stats):
-            raise UsageError(f"stats {self.stats!r} is not one of {', '.join(get_args(Stats))}")
-        if not 0 <= self.seed < 1 << 64:
-            raise UsageError(f"--seed: {self.seed} is not between 0 and 2⁶⁴ − 1")
-        if self.seed and self.rounding != "stochastic":
-            raise UsageError(f"--seed {self.seed} changes nothing without --rounding stochastic; give both or neither")
-        for pattern in (self.include, self.exclude):
-            try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
-
-    @property
-    def is_selective(self) -> bool:
-        return self.include is not None or self.exclude is not None
-
-    def selects(self, name: str) -> bool:
-        """Whether a tensor of this name gets the vectors."""
-        return (self.include is None or re.search(self.include, name) is not None) and (
-            self.exclude is None or re.search(self.exclude, name) is None
-        )
-
-
-class _Pair(NamedTuple):
-    """One vector's checkpoints, with the vector's index in the recipe."""
-
-    vector: int
-    plus: Checkpoint
-    minus: Checkpoint | None
+    name: str
+    tensor: Tensor
+    """As the frame has it."""
+    dtype: str
+    rule: Rule
+    match: Match
 
 
 def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> Plan:
     """Plan ``recipe`` over ``opened`` (its checkpoints by the names it gives them).
 
-    Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection.
+    Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection, and for an
+    input that is to give the small files and is not there.
     """
     alphas = tuple(tuple(_rounded(alpha, options.compute_dtype) for alpha in row) for row in recipe.alphas)
-    pairs = [
-        _Pair(number, opened[vector.plus], opened[vector.minus] if vector.minus is not None else None)
-        for number, vector in ((number, recipe.vectors[number]) for number in recipe.used)
-    ]
-    frame = opened[recipe.frame]
+    frame, giver = opened[recipe.frame], opened[recipe.giver(options.sidecars_from)]
     extracting = recipe.target is None
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
 
-    selects = options.selects if options.is_selective else None
-    problems = misfits([opened[name] for name in recipe.inputs], selects) if pairs else []
-    left_out = _only_elsewhere(frame, pairs)
-    planned: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
-    for name, tensor in frame.tensors.items():
-        operands, why = _match(frame, name, tensor, pairs, options, problems, extracting=extracting)
-        if extracting and not operands:
-            left_out.append((name, why))
+    seen = Frame(frame, recipe.roles[0][0])
+    pairs = _pairs(recipe, opened, seen, options)
+    problems = misfits([opened[name] for name in recipe.inputs], options) if pairs else []
+    matching = match(seen, pairs, options)
+    problems += [*matching.problems, *_giver_problems(frame, giver)]
+    left_out = list(matching.left_out)
+    entries: list[_Entry] = []
+    for (name, tensor), matched in zip(frame.tensors.items(), matching.tensors, strict=True):
+        if extracting and not matched.stretches:
+            left_out.append((name, matched.why))
             continue
         dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
-        rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype else "cast"
-        planned.append((name, tensor, rule, dtype, operands, why))
-    if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
+        rule: Rule = "combine" if matched.stretches else "copy" if dtype == tensor.dtype else "cast"
+        entries.append(_Entry(name, tensor, dtype, rule, matched))
+    if pairs and not problems and not any(entry.rule == "combine" for entry in entries):
         if options.is_selective:
             raise UsageError("--include and --exclude leave no tensor to compute")
-        others = dict.fromkeys(
-            c.uri for pair in pairs for c in (pair.plus, pair.minus) if c is not None and c is not frame
-        )
-        what = f"has no tensor in common with {', '.join(others)}"
+        others = dict.fromkeys(side.source.checkpoint.uri for pair in pairs for side in pair.sides)
+        what = f"has no tensor in common with {', '.join(uri for uri in others if uri != frame.uri)}"
         problems.append(Problem(frame.uri, what, "Check that all inputs are models of one architecture."))
     if problems:
         raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))
 
     try:
         shards = lay_out(
-            [
-                (name, dtype, tensor.shape, tensor_bytes(dtype, tensor.shape))
-                for name, tensor, _, dtype, _, _ in planned
-            ],
+            [(e.name, e.dtype, e.tensor.shape, tensor_bytes(e.dtype, e.tensor.shape)) for e in entries],
             options.max_shard_bytes,
         )
     except HeaderError as error:
         raise UsageError(f"{error.what}; choose a smaller --max-shard-size") from None
+    paths = {file.name: f"{frame.uri}/{file.name}" for file in frame.weight_files}
     tensors = []
     for index, shard in enumerate(shards):
         end = len(shard.header)
-        for name, tensor, rule, dtype, operands, why in planned[shard.first : shard.first + shard.length]:
+        for name, tensor, dtype, rule, matched in entries[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
-            target = None if extracting else _operand(frame, tensor)
-            segment = Segment(end - start, target, operands)
-            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, (segment,), why))
+            target = None if extracting else Operand(paths[tensor.file], tensor.start, tensor.dtype)
+            segments = _segments(end - start, dtype, target, matched)
+            tensors.append(
+                TensorPlan(name, dtype, tensor.shape, index, start, end, rule, segments, matched.why, matched.matched)
+            )
     return Plan(
         operation=recipe.operation,
-        inputs=_inputs(recipe, opened),
+        inputs=_inputs(recipe, opened, options),
         alphas=alphas,
         arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed),
         stats=options.stats,
@@ -155,89 +99,57 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         shards=shards,
         pieces=cut_pieces([shard.size for shard in shards], options.piece_bytes),
         left_out=tuple(left_out),
-        options=(
-            ("dtype", wanted),
-            ("max_shard_bytes", str(options.max_shard_bytes)),
-            ("include", options.include or ""),
-            ("exclude", options.exclude or ""),
-            ("rounding", options.rounding),
-            ("seed", str(options.seed)),
-            ("compute_dtype", options.compute_dtype),
-            ("stats", options.stats),
-        ),
+        giver=giver.uri,
+        sidecars=tuple(PlannedSidecar(owner.uri, file.name, file.size) for owner, file in sidecars_of(frame, giver)),
+        files_left_out=giver.left_out,
+        rules=matching.rules,
+        options=options.recorded(wanted),
     )
+
+
+def _pairs(recipe: Recipe, opened: Mapping[str, Checkpoint], frame: Frame, options: PlanOptions) -> list[Pair]:
+    """The vectors that are used, with their checkpoints as the frame sees them."""
+    sources: dict[str, Source] = {}
+
+    def side(role: str, name: str) -> Side:
+        checkpoint = opened[name]
+        if checkpoint.uri not in sources:
+            overlap = options.vocab_mismatch == "overlap"
+            sources[checkpoint.uri] = Source(checkpoint, frame, options.key_mapping, overlap=overlap)
+        return Side(role, sources[checkpoint.uri])
+
+    pairs = []
+    for number in recipe.used:
+        vector = recipe.vectors[number]
+        if vector.minus is None:
+            pairs.append(Pair(number, side("vector", vector.plus), None))
+        else:
+            pairs.append(Pair(number, side("donor", vector.plus), side("reference", vector.minus)))
+    return pairs
+
+
+def _segments(nbytes: int, dtype: str, target: Operand | None, matched: Match) -> tuple[Segment, ...]:
+    """What is made alike of a tensor of ``nbytes`` bytes."""
+    if len(matched.stretches) <= 1:
+        return (Segment(nbytes, target, matched.stretches[0][1] if matched.stretches else ()),)
+    item = item_bytes(dtype)
+    return tuple(Segment(stop * item, target, vectors) for stop, vectors in matched.stretches)
+
+
+def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
+    """Whether another input's tokenizer would have tokens that the output has no rows for."""
+    rows = vocab_size(frame.config)
+    last = max(giver.vocabulary or {0: ""})
+    if giver is frame or rows is None or last < rows:
+        return []
+    what = f"has a tokenizer with ids up to {last}, but the output has the {rows} rows of {frame.uri}"
+    return [Problem(giver.uri, what, "Take the small files of another input, or leave out --sidecars-from.")]
 
 
 def _rounded(alpha: float, dtype: ComputeDType) -> float:
     """``alpha`` as the arithmetic uses it. One that is 0 in float32 is 0: `Recipe.used` goes by that."""
     single = as_float32(alpha)
     return alpha if dtype == "float64" and single else single
-
-
-def _match(
-    frame: Checkpoint,
-    name: str,
-    tensor: Tensor,
-    pairs: Sequence[_Pair],
-    options: PlanOptions,
-    problems: list[Problem],
-    *,
-    extracting: bool,
-) -> tuple[tuple[VectorOperand, ...], str]:
-    """The vectors' operands for one tensor of the frame, and why there are none, if so."""
-    if not pairs:
-        return (), "alpha is 0"
-    if not options.selects(name):
-        return (), "not selected by --include and --exclude"
-    operands, why, blamed = [], "not in any vector", False
-    for pair in pairs:
-        plus = pair.plus.tensors.get(name)
-        minus = pair.minus.tensors.get(name) if pair.minus is not None else None
-        if plus is None or (pair.minus is not None and minus is None):
-            if plus is not None or minus is not None:
-                why = f"not in the {'donor' if plus is None else 'reference'}"
-            continue
-        present = [(pair.plus, plus)] + ([(pair.minus, minus)] if pair.minus is not None and minus is not None else [])
-        if not DTYPES[tensor.dtype].is_float:
-            why = f"{tensor.dtype} is not a floating-point dtype"
-            continue
-        sound = tensor.dtype in ARITHMETIC
-        if not sound and not blamed:
-            problems.append(_cannot_compute(frame.uri, name, tensor.dtype))
-            blamed = True
-        for checkpoint, other in present:
-            if other.shape != tensor.shape:
-                against = "donor" if extracting else "target"
-                what = f"has shape {list(other.shape)}, but {list(tensor.shape)} in the {against}"
-                remedy = "Check that the inputs are the same model, or leave the tensor out with --exclude."
-                problems.append(Problem(checkpoint.uri, what, remedy, name))
-                sound = False
-            elif other.dtype not in ARITHMETIC and tensor.dtype in ARITHMETIC:
-                problems.append(_cannot_compute(checkpoint.uri, name, other.dtype))
-                sound = False
-        if sound:
-            minus_operand = _operand(pair.minus, minus) if pair.minus is not None and minus is not None else None
-            operands.append(VectorOperand(pair.vector, _operand(pair.plus, plus), minus_operand))
-    return tuple(operands), "" if operands else why
-
-
-def _cannot_compute(where: str, name: str, dtype: str) -> Problem:
-    what = f"is {dtype}; arithmetic is done on {', '.join(ARITHMETIC)}"
-    return Problem(where, what, "Convert the checkpoint first, or leave the tensor out with --exclude.", name)
-
-
-def _operand(checkpoint: Checkpoint, tensor: Tensor) -> Operand:
-    return Operand(f"{checkpoint.uri}/{tensor.file}", tensor.start, tensor.dtype)
-
-
-def _only_elsewhere(frame: Checkpoint, pairs: Sequence[_Pair]) -> list[tuple[str, str]]:
-    names: dict[str, str] = {}
-    for pair in pairs:
-        for checkpoint in (pair.plus, pair.minus):
-            if checkpoint is not None and checkpoint is not frame:
-                for name in checkpoint.tensors.keys() - frame.tensors.keys():
-                    names.setdefault(name, f"only in {checkpoint.uri}")
-    return sorted(names.items())
 
 
 def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:
@@ -247,20 +159,13 @@ def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:
     return [Problem(frame.uri, f"{more} more tensors have such problems", "Correct the ones above first.")]
 
 
-def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> tuple[PlannedInput, ...]:
-    roles = [("target", recipe.target)] if recipe.target is not None else []
-    for vector in recipe.vectors:
-        if vector.minus is None:
-            roles.append(("vector", vector.plus))
-        else:
-            roles += [("donor", vector.plus), ("reference", vector.minus)]
-    return tuple(
-        PlannedInput(
-            role,
-            opened[uri].uri,
-            opened[uri].fingerprint,
-            opened[uri].revision,
-            opened[uri].weight_files + (opened[uri].sidecars if number == 0 else ()),
-        )
-        for number, (role, uri) in enumerate(roles)
-    )
+def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> tuple[PlannedInput, ...]:
+    given = sidecars_of(opened[recipe.frame], opened[recipe.giver(options.sidecars_from)])
+    planned, seen = [], set[str]()
+    for role, name in recipe.roles:
+        checkpoint = opened[name]
+        small = tuple(file for owner, file in given if owner is checkpoint and checkpoint.uri not in seen)
+        seen.add(checkpoint.uri)
+        files = checkpoint.weight_files + small
+        planned.append(PlannedInput(role, checkpoint.uri, checkpoint.fingerprint, checkpoint.revision, files))
+    return tuple(planned)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from rv_distributed.checkpoint.dtypes import ARITHMETIC, WIDE
 from rv_distributed.checkpoint.model import FileState
 from rv_distributed.recipe import Arithmetic, Operation, Stats
 
@@ -61,6 +63,8 @@ class TensorPlan(NamedTuple):
     """One, where sources have the whole tensor as it is; else several, in order."""
     why: str
     """Why this rule, in words for the tables; empty for ``combine``."""
+    matched: str
+    """How the vectors' elements were found, where not under the tensor's own name and shape."""
 
 
 class ShardPlan(NamedTuple):
@@ -101,6 +105,33 @@ class Span(NamedTuple):
     target: Operand | None
     vectors: tuple[VectorOperand, ...]
 
+    @property
+    def is_opaque(self) -> bool:
+        """Whether its bytes are copied without a look at what they mean."""
+        return not self.vectors and self.dtype not in ARITHMETIC
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is computed in float64, whatever the rest is computed in."""
+        return is_wide(self.dtype, self.target, self.vectors)
+
+
+def is_wide(dtype: str, target: Operand | None, vectors: Sequence[VectorOperand]) -> bool:
+    """Whether some elements of ``dtype`` are computed in float64, whatever the rest of the output is computed in."""
+    if not vectors:
+        return False
+    return dtype == WIDE or any(operand.dtype == WIDE for operand in operands_of(target, vectors))
+
+
+def operands_of(target: Operand | None, vectors: Iterable[VectorOperand]) -> Iterator[Operand]:
+    """All that is read for some elements."""
+    if target is not None:
+        yield target
+    for vector in vectors:
+        yield vector.plus
+        if vector.minus is not None:
+            yield vector.minus
+
 
 class PieceTask(NamedTuple):
     """All that a worker needs to make one piece; it knows nothing else of the plan."""
@@ -133,6 +164,15 @@ class PlannedInput(NamedTuple):
     """What is read of it: states are compared again before anything is published."""
 
 
+class PlannedSidecar(NamedTuple):
+    """A small file that goes with the outputs."""
+
+    uri: str
+    """The checkpoint that has it."""
+    name: str
+    size: int
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that a run will do."""
@@ -149,6 +189,13 @@ class Plan:
     pieces: tuple[Piece, ...]
     left_out: tuple[tuple[str, str], ...]
     """Tensors of the inputs that the output has no place for, each with the reason."""
+    giver: str
+    """The input whose small files go with the outputs."""
+    sidecars: tuple[PlannedSidecar, ...]
+    files_left_out: tuple[tuple[str, str], ...]
+    """Files of that input that do not go with the outputs, each with the reason."""
+    rules: tuple[tuple[str, str], ...]
+    """Each rule by which tensors were matched otherwise than by name and shape, with what it did, in words."""
     options: tuple[tuple[str, str], ...]
     """The options that change the output's bytes, by name, for the manifest and for resume."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
+from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.plan import Operand, PieceTask, Span
 from rv_distributed.storage.ranges import ALIGNMENT, DIRECT_MIN_BYTES
 
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     first: int
     """Index of its first element, in the whole tensor."""
     elements: int
-    """Elements that it touches. Of a tensor whose dtype no arithmetic reads, a byte counts as one."""
+    """Elements that it touches. Of an opaque span, a byte counts as one."""
     target: int
     """The target's place in the arena; -1 without a target."""
     vectors: tuple[tuple[int, int], ...]
@@ -109,7 +109,7 @@ class _Draft(NamedTuple):
 
 def _draft(index: int, span: Span, low: int, high: int, ranges: list[_Range]) -> _Draft:
     """The part of ``span`` in file bytes ``low`` to ``high``; appends the source ranges it needs."""
-    opaque = span.dtype not in ARITHMETIC
+    opaque = span.is_opaque
     item = 1 if opaque else item_bytes(span.dtype)
     first_byte = span.start + low - span.at
     first, last = first_byte // item, -(-(first_byte + high - low) // item)

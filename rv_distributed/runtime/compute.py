@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
+from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.measures import Leaf, Measures
 from rv_distributed.plan import Span
 from rv_distributed.runtime.arena import Arena
@@ -51,9 +53,15 @@ class PartComputer:
     """Computes parts for one stream. Belongs to one thread at a time."""
 
     def __init__(self, config: WorkerConfig, device: str) -> None:
+        self._config, self._device = config, device
         self._alphas = config.alphas
         self._block_bytes = BLOCK_BYTES if device == "cpu" else _CUDA_BLOCK_BYTES
         self._block = _choose_block(config, device, self._block_bytes)
+
+    @cached_property
+    def _wide_block(self) -> Block:
+        config = replace(self._config, arithmetic=self._config.arithmetic._replace(compute_dtype="float64"))
+        return _choose_block(config, self._device, self._block_bytes)
 
     def compute(self, span: Span, part: Part, arena: Arena, outs: Bytes, start: int) -> Iterator[Computed]:
         """Fill the part's bytes in ``outs``, which has a row an output: the window of the file from byte ``start``.
@@ -61,12 +69,13 @@ class PartComputer:
         Yields every block when it is finished. Blocks end at multiples of their size in the file, so they are
         the same however the file is cut into chunks and pieces.
         """
-        if span.dtype not in ARITHMETIC:
+        if span.is_opaque:
             arena.need(part.target, part.nbytes)
             outs[:, part.at : part.at + part.nbytes] = arena.array[part.target : part.target + part.nbytes]
             yield Computed(part.at, part.at + part.nbytes, ())
             return
         alphas = [[row[operand.vector] for operand in span.vectors] for row in self._alphas]
+        block = self._wide_block if span.is_wide else self._block
         item = item_bytes(span.dtype)
         done = 0
         while done < part.elements:
@@ -78,32 +87,33 @@ class PartComputer:
             count = 1 if is_cut else min(max(1, (border - place) // item), part.elements - done)
             _fetch(span, part, arena, done, count)
             low, high = max(place, part.at), min(place + count * item, part.at + part.nbytes)
-            measured = self._fill(span, part, alphas, arena.array, outs, place, low, high, done, count)
+            measured = _fill(block, span, part, alphas, arena.array, outs, place, low, high, done, count)
             leaves = () if is_cut else tuple((number, found.moved(part.first + done)) for found in measured)
             yield Computed(low, high, leaves)
             done += count
 
-    def _fill(
-        self,
-        span: Span,
-        part: Part,
-        alphas: list[list[float]],
-        arena: Bytes,
-        outs: Bytes,
-        place: int,
-        low: int,
-        high: int,
-        done: int,
-        count: int,
-    ) -> list[Measures]:
-        item = item_bytes(span.dtype)
-        if low == place and high == place + count * item and place % item == 0:
-            return self._block(span, part, alphas, arena, outs, place, done, count)
-        # Elements at odd addresses, or some of their bytes are another part's.
-        whole = np.empty((len(outs), count * item), np.uint8)
-        measured = self._block(span, part, alphas, arena, whole, 0, done, count)
-        outs[:, low:high] = whole[:, low - place : high - place]
-        return measured
+
+def _fill(
+    block: Block,
+    span: Span,
+    part: Part,
+    alphas: list[list[float]],
+    arena: Bytes,
+    outs: Bytes,
+    place: int,
+    low: int,
+    high: int,
+    done: int,
+    count: int,
+) -> list[Measures]:
+    item = item_bytes(span.dtype)
+    if low == place and high == place + count * item and place % item == 0:
+        return block(span, part, alphas, arena, outs, place, done, count)
+    # Elements at odd addresses, or some of their bytes are another part's.
+    whole = np.empty((len(outs), count * item), np.uint8)
+    measured = block(span, part, alphas, arena, whole, 0, done, count)
+    outs[:, low:high] = whole[:, low - place : high - place]
+    return measured
 
 
 def _fetch(span: Span, part: Part, arena: Arena, done: int, count: int) -> None:

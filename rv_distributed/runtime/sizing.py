@@ -6,7 +6,8 @@ from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.errors import UsageError
-from rv_distributed.plan import Operand, Plan, Segment, TensorPlan
+from rv_distributed.plan import Plan, Segment, TensorPlan
+from rv_distributed.plan.model import is_wide, operands_of
 from rv_distributed.runtime.model import BLOCK_BYTES
 
 #: Large enough for full storage speed, small enough that many streams fit a small budget.
@@ -37,7 +38,8 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
         (_operand_ratio(tensor, segment) for tensor in plan.tensors for segment in tensor.segments), default=1.0
     )
     scratch = _SCRATCH_BYTES * (1 + outputs)
-    if plan.arithmetic.compute_dtype == "float64":
+    wide = (is_wide(tensor.dtype, *segment[1:]) for tensor in plan.tensors for segment in tensor.segments)
+    if plan.arithmetic.compute_dtype == "float64" or any(wide):
         # As many elements as a block of a 16-bit dtype has.
         scratch += (4 + 2 * outputs) * 8 * (BLOCK_BYTES // 2) + _TEMPORARY_BYTES
 
@@ -61,9 +63,7 @@ def _operand_ratio(tensor: TensorPlan, segment: Segment) -> float:
     """Bytes read for each byte written."""
     if tensor.rule == "copy":
         return 1.0
-    operands: list[Operand] = [segment.target] if segment.target is not None else []
-    for vector in segment.vectors:
-        operands += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
+    operands = operands_of(segment.target, segment.vectors)
     return sum(item_bytes(operand.dtype) for operand in operands) / item_bytes(tensor.dtype)
 
 

@@ -15,7 +15,7 @@ from rv_distributed.checkpoint.manifest import MANIFEST_FILE, InputEntry, Manife
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.errors import Finding, InputError, Problem, UsageError, VerifyError
 from rv_distributed.opening import open_checkpoint
-from rv_distributed.plan import Piece, Plan, PlanOptions, make_plan, task_of
+from rv_distributed.plan import Piece, Plan, make_plan, recorded_options, task_of
 from rv_distributed.recipe import Operation, Recipe, Vector
 from rv_distributed.runtime.model import WorkerConfig
 from rv_distributed.runtime.select import usable_cpus
@@ -52,10 +52,10 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
     if findings:
         raise VerifyError(folder.uri, findings)
     try:
-        recipe, options = _recipe_of(manifest), _options_of(manifest)
-    except (UsageError, KeyError, ValueError) as error:
+        recipe, options = _recipe_of(manifest), recorded_options(manifest.options, _PIECE_BYTES)
+    except (UsageError, KeyError, TypeError, ValueError) as error:
         raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, f"does not say what was computed: {error}")]) from error
-    plan = make_plan(recipe, _open_inputs(manifest.inputs), options)
+    plan = make_plan(recipe, _open_inputs(manifest.inputs, vocabulary=options.needs_vocabularies), options)
     if [(shard.name, shard.size) for shard in plan.shards] != [(shard.name, shard.bytes) for shard in manifest.shards]:
         raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, "lists other shards than the inputs give")])
     pieces = _sampled(plan.pieces, sample, manifest.digest)
@@ -84,27 +84,13 @@ def _recipe_of(manifest: Manifest) -> Recipe:
     return Recipe(operation, target, tuple(vectors), (manifest.alphas if target is not None else (1.0,),))
 
 
-def _options_of(manifest: Manifest) -> PlanOptions:
-    recorded = manifest.options
-    return PlanOptions(
-        dtype=recorded["dtype"],
-        max_shard_bytes=int(recorded["max_shard_bytes"]),
-        include=recorded["include"] or None,
-        exclude=recorded["exclude"] or None,
-        piece_bytes=_PIECE_BYTES,
-        rounding=recorded["rounding"],  # type: ignore[arg-type]  # checked by the options themselves
-        seed=int(recorded["seed"]),
-        compute_dtype=recorded["compute_dtype"],  # type: ignore[arg-type]  # likewise
-    )
-
-
-def _open_inputs(entries: Sequence[InputEntry]) -> dict[str, Checkpoint]:
+def _open_inputs(entries: Sequence[InputEntry], *, vocabulary: bool) -> dict[str, Checkpoint]:
     """The inputs by their paths. Raises InputError with all that are gone or were changed."""
     opened: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     for entry in {entry.uri: entry for entry in entries}.values():
         try:
-            opened[entry.uri] = open_checkpoint(entry.uri)
+            opened[entry.uri] = open_checkpoint(entry.uri, vocabulary=vocabulary)
         except InputError as error:
             problems += error.problems
             continue

@@ -108,7 +108,7 @@ def test_fp8_weights_are_refused_by_name_and_may_be_left_out(tmp_path: Path) -> 
     for number, role in enumerate(("target", "donor", "reference")):
         tensors = {"up": Raw("F8_E4M3", (8,), bytes(8)), "norm": Raw("BF16", (8,), bytes([number, 0x3F]) * 8)}
         write_checkpoint(tmp_path / role, tensors)
-    what = "tensor 'up': is F8_E4M3; arithmetic is done on F32, BF16, F16. Convert the checkpoint first, or leave"
+    what = "tensor 'up': is F8_E4M3; arithmetic is done on F32, BF16, F16, F64. Convert the checkpoint first, or leave"
     assert_refused(tmp_path, transfer(tmp_path, tmp_path / "out"), f"{tmp_path / 'target'}: {what}")
     assert run_rv(*transfer(tmp_path, tmp_path / "out", "--exclude", "up")).status == 0
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rv_distributed.checkpoint.sidecars import is_sidecar, with_dtype
+from rv_distributed.checkpoint.sidecars import why_left_out, with_dtype
 
 KEPT = [
     "config.json",
@@ -83,12 +83,12 @@ LEFT_OUT = [
 
 @pytest.mark.parametrize("name", KEPT)
 def test_a_file_of_the_model_goes_with_it(name: str) -> None:
-    assert is_sidecar(name)
+    assert why_left_out(name) == ""
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_weights_caches_and_own_files_stay_behind(name: str) -> None:
-    assert not is_sidecar(name)
+    assert why_left_out(name)
 
 
 DTYPE_EDITS = {

@@ -26,6 +26,7 @@ COMBINED = TensorRow(
     parts=(PartDigest(4096, 4108, "cd" * 32), PartDigest(4108, 4120, "ef" * 32)),
     rule="combine",
     why="",
+    matched="donor: model.language_model.layers.0.weight",
     v_norm=0.1,
     t_norm=1e-300,
     v_t_ratio=0.25,
@@ -102,7 +103,7 @@ rows = st.builds(
     TensorRow,
     *(texts, texts, st.lists(naturals, max_size=3).map(tuple), texts, naturals, naturals, naturals, digests),
     st.lists(st.builds(PartDigest, naturals, naturals, digests), max_size=2).map(tuple),
-    *(texts, texts, numbers, numbers, numbers, numbers, numbers, counts, numbers, numbers, numbers, numbers),
+    *(texts, texts, texts, numbers, numbers, numbers, numbers, numbers, counts, numbers, numbers, numbers, numbers),
     *(counts, numbers, counts, numbers, counts, st.none() | st.lists(naturals, max_size=8).map(tuple), counts),
     *(naturals, naturals, naturals, counts),
 )
