@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,7 +65,7 @@ def plan_summary(job: Job) -> str:
     rows.append(("tensors", _tensors(job)))
     if others := [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]:
         rows.append(("", f"not computed: {_some(others)}"))
-    rows += job.plan.rules
+    rows += _rules(job)
     if names := [name for name, _ in job.plan.left_out]:
         rows.append(("left out", f"{plural(len(names), 'tensor')} with no place in the output: {_some(names)}"))
     if job.plan.giver != job.opened[job.recipe.frame].uri:
@@ -82,6 +82,15 @@ def plan_summary(job: Job) -> str:
     ]
     width = max(10, *(len(label) for label, _ in rows))
     return "\n".join(f"{label:>{width}}  {one_line(text)}" for label, text in rows)
+
+
+def _rules(job: Job) -> Iterator[tuple[str, str]]:
+    """Of each rule by which tensors were matched, what it did most."""
+    for rule in dict.fromkeys(rule for rule, _ in job.plan.rules):
+        texts = [text for other, text in job.plan.rules if other == rule]
+        yield from zip([rule, "", ""], texts, strict=False)
+        if len(texts) > 3:
+            yield "", f"and {len(texts) - 3} more"
 
 
 def _some(texts: Sequence[str]) -> str:

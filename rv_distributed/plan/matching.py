@@ -21,7 +21,6 @@ from rv_distributed.plan.options import PlanOptions
 from rv_distributed.plan.sources import Found, Frame, Misfit, Source
 from rv_distributed.units import plural
 
-_MOST_LINES: Final = 4
 _NOWHERE: Final = "not in any vector"
 _GIVE_OR_COPY: Final = "Say with --key-mapping which one it is, or leave the target's as it is with --missing copy."
 _SAME_OR_COPY: Final = "If they are the same, give them the same names with --key-mapping; if not, give --missing copy."
@@ -239,19 +238,16 @@ class _Matcher:
     def rules(self) -> tuple[tuple[str, str], ...]:
         """Every rule that was needed and what it did, in words."""
         lines: dict[str, list[str]] = {}
-        for (rule, text), counts in self._notes.items():
+        for (rule, text), counts in sorted(self._notes.items(), key=lambda note: -max(note[1].values())):
             of = f"{', '.join(counts)}: {text}"
             lines.setdefault(rule, []).append(f"{of} ({plural(max(counts.values()), 'tensor')})")
         if self._overlapping:
             forced = self._options.force_tokenizer_mismatch
             compared = "tokenizers were not compared" if forced else "the tokenizers have the same tokens there"
-            lines["vocabulary"].append(f"{compared}; other rows stay as they are")
+            lines["vocabulary"].insert(0, f"{compared}; other rows stay as they are")
         for number, (pattern, _) in enumerate(self._options.key_mapping):
             if not any(source.uses[number] for source in self._others):
                 lines.setdefault("key mapping", []).append(f"no name is changed by {pattern!r}")
-        for name, texts in lines.items():
-            if more := len(texts[_MOST_LINES:]):
-                lines[name] = [*texts[:_MOST_LINES], f"and {more} more"]
         return tuple((name, text) for name, texts in lines.items() for text in texts)
 
 

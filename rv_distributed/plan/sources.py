@@ -217,7 +217,9 @@ class Source:
         self._used.update(each.name for each in slices)
         if len(slices) < len(parts):
             missing = next(part.name for part, each in zip(parts, found, strict=True) if each is None)
-            what = f"is in {len(parts)} parts here, and {len(parts) - len(slices)} of them are missing: {missing}, …"
+            what = (
+                f"is in several tensors here, but without {len(parts) - len(slices)} of {len(parts)}, such as {missing}"
+            )
             return Misfit(what, _CHECK)
         if is_transposed(name, self._frame.tensors) or is_transposed(slices[0].name, self.tensors):
             what = "is in another layout here, and of one of them the experts are stored transposed"
