@@ -19,7 +19,8 @@ _OWN_NAMES: Final = frozenset(
 _LEFT_OUT_FOLDERS: Final = frozenset({".git", ".cache", "__pycache__"})
 #: Of the trainers of transformers, DeepSpeed, Accelerate, FSDP and verl; whole paths.
 _TRAINING_STATE: Final = re.compile(
-    r"(?:.*/)?(?:(?:checkpoint-|global_step_?)\d+/.*|(?:optimizer|scheduler|rng_state|random_states)[^/]*"
+    r"(?:.*/)?(?:(?:checkpoint-|global_step_?|optimizer_)\d+/.*"
+    r"|(?:optimizer|scheduler|rng_state|random_states)[^/]*\.(?:pt|pth|bin|pkl|safetensors)"
     r"|trainer_state\.json|training_args\.[^/]*|latest|latest_checkpointed_iteration\.txt|zero_to_fp32\.py)"
 )
 _TRAINING_LOG: Final = re.compile(

@@ -50,6 +50,7 @@ def _document(opened: Checkpoint) -> dict[str, Any]:
             for name, t in opened.tensors.items()
         },
         "sidecars": [file.name for file in opened.sidecars],
+        "left_out": [{"file": name, "why": why} for name, why in opened.left_out],
         "warnings": list(opened.warnings),
         "manifest": opened.manifest,
     }

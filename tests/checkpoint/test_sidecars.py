@@ -29,6 +29,44 @@ KEPT = [
     "binary",
     "notes.bin.txt",
     "my.git/config.json",
+    "checkpoint-best/config.json",
+    "optimizers.md",
+    "latest.md",
+    "my_runs.txt",
+    "results.json",
+    "scheduler/scheduler_config.json",
+]
+
+TRAINING_STATE = [
+    "optimizer.pt",
+    "optimizer.bin",
+    "optimizer_0/__0_0.distcp",
+    "scheduler.pt",
+    "rng_state_3.pth",
+    "random_states_0.pkl",
+    "trainer_state.json",
+    "training_args.bin",
+    "training_args.json",
+    "latest",
+    "global_step120/mp_rank_00_model_states.pt",
+    "global_step_120/actor/config.json",
+    "latest_checkpointed_iteration.txt",
+    "zero_to_fp32.py",
+    "checkpoint-1000/config.json",
+    "sub/checkpoint-1000/tokenizer.json",
+]
+
+TRAINING_LOGS = [
+    "runs/Nov26_host/events.out.tfevents.1732600000.host.1.0",
+    "events.out.tfevents.1732600000.host.1.0",
+    "wandb/run-1/files/config.yaml",
+    "trainer_log.jsonl",
+    "train.log",
+    "logs/rank0.txt",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+    "training_loss.png",
 ]
 
 LEFT_OUT = [
@@ -89,6 +127,16 @@ def test_a_file_of_the_model_goes_with_it(name: str) -> None:
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_weights_caches_and_own_files_stay_behind(name: str) -> None:
     assert why_left_out(name)
+
+
+@pytest.mark.parametrize("name", TRAINING_STATE)
+def test_the_state_of_a_training_stays_behind(name: str) -> None:
+    assert why_left_out(name) == "training state"
+
+
+@pytest.mark.parametrize("name", TRAINING_LOGS)
+def test_the_logs_of_a_training_stay_behind(name: str) -> None:
+    assert why_left_out(name) == "training log"
 
 
 DTYPE_EDITS = {
