@@ -38,7 +38,7 @@ def parts_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tu
 
     ``config`` tells the sizes of query, key and value; without them, or with others, they stay as they are.
     """
-    if (found := _EXPERTS.fullmatch(name)) and len(shape) == 3 and 0 < shape[0] <= _MOST_EXPERTS:
+    if (found := _EXPERTS.fullmatch(name)) and len(shape) == 3 and 0 not in shape and shape[0] <= _MOST_EXPERTS:
         parts = _PARTS[found["what"]]
         rows = shape[1] // len(parts)
         if rows * len(parts) == shape[1]:

@@ -94,7 +94,7 @@ class _Matcher:
         self._extracting = frame.role == "donor"
         sides = [side for pair in pairs for side in pair.sides]
         self._others = list(
-            dict.fromkeys(side.source for side in sides if side.source.checkpoint is not frame.checkpoint)
+            dict.fromkeys(side.source for side in sides if side.source.checkpoint.uri != frame.checkpoint.uri)
         )
         self._only_here: list[str] = []
         self._notes: dict[tuple[str, str], Counter[str]] = {}

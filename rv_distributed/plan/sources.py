@@ -93,7 +93,7 @@ class Source:
         """Names that the rules give to several tensors, with the names of these."""
         self.uses = [0] * len(rules)
         """How many names each rule has changed."""
-        if rules and checkpoint is not frame.checkpoint:
+        if rules and checkpoint.uri != frame.checkpoint.uri:
             self._rename([re.compile(rule.pattern) for rule in rules], [rule.replacement for rule in rules])
 
     def _rename(self, patterns: Sequence[re.Pattern[str]], replacements: Sequence[str]) -> None:
@@ -143,15 +143,15 @@ class Source:
 
     def is_head_of_tied(self, stored: str) -> bool:
         """Whether a leftover looks like a head, and the frame has one tensor for both head and embedding."""
-        shape, rows = self.checkpoint.tensors[stored].shape, vocab_size(self._frame.config)
-        twins = [t for t in self._frame.tensors.values() if len(t.shape) == 2 and t.shape[0] == rows]
-        return (
-            len(shape) == 2
-            and shape[0] == self._rows
-            and len(twins) == 1
-            and twins[0].shape[1] == shape[1]
-            and not is_untied(self._frame.config)
-        )
+        shape = self.checkpoint.tensors[stored].shape
+        return len(shape) == 2 and shape[0] == self._rows and self._tied_width == shape[1]
+
+    @cached_property
+    def _tied_width(self) -> int | None:
+        """Columns of the frame's embedding, where that is its head too."""
+        rows = vocab_size(self._frame.config)
+        widths = [t.shape[1] for t in self._frame.tensors.values() if len(t.shape) == 2 and t.shape[0] == rows]
+        return widths[0] if len(widths) == 1 and not is_untied(self._frame.config) else None
 
     @property
     def _rows(self) -> int | None:
