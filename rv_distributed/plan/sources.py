@@ -25,6 +25,9 @@ from rv_distributed.plan.names import bare_name
 from rv_distributed.recipe import Role
 
 _CHECK: Final = "Check that the inputs are the same model, or leave the tensor out with --exclude."
+_OVERLAP: Final = (
+    "Give --vocab-mismatch overlap to add the rows that all inputs have, or leave the tensor out with --exclude."
+)
 _NAME_THEM: Final = "Say which one it is with --key-mapping."
 _CONVERT: Final = "Convert one checkpoint to the other's layout first, or leave the tensor out with --exclude."
 
@@ -202,7 +205,7 @@ class Source:
         if not rows or own.shape[1:] != tensor.shape[1:]:
             return Misfit(what, _CHECK)
         if not self._overlap:
-            return Misfit(f"{what}: the rows of two vocabularies", "Give --vocab-mismatch overlap. " + _CHECK)
+            return Misfit(f"{what}: the rows of two vocabularies", _OVERLAP)
         shared = min(own.shape[0], tensor.shape[0])
         stretch = Stretch(shared * math.prod(tensor.shape[1:]), own, 0)
         return Found((stretch,), (*notes, ("vocabulary", f"the first {shared} of {own.shape[0]} rows")))

@@ -216,3 +216,10 @@ def test_unusual_dtypes_are_refused_where_they_were_to_be_computed_with(tmp_path
     wide["reference"]["odd"] = UNUSUAL[dtype]
     other = write_models(tmp_path / "other", wide)
     assert_refused(other, transfer(other, other / "out"), f"{other / 'reference'}: tensor 'odd': is {dtype}; ")
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_bytes_of_the_cpu_in_every_mixture(models: Path) -> None:
+    for device in ("cpu", "cuda"):
+        ok(*transfer(models, models / device, f"--alpha={ALPHA}", "--device", device))
+    assert_same(read_checkpoint(models / "cuda"), read_checkpoint(models / "cpu"))
