@@ -24,8 +24,10 @@ def identity_of(plan: Plan, output: int) -> dict[str, Any]:
     for shard in plan.shards:
         layout.update(shard.name.encode()).update(shard.header)
     for tensor in plan.tensors:
+        rule, _ = tensor.rule_in(output)
+        weights = [tuple(segment.weights[output]) for segment in tensor.segments] if rule == "combine" else None
         # Where one was matched by a rule, small files have decided what is added, and they are in no fingerprint.
-        layout.update(repr((tensor.name, tensor.rule, tensor.segments if tensor.matched else ())).encode())
+        layout.update(repr((tensor.name, rule, weights, tensor.segments if tensor.matched else ())).encode())
     for piece in plan.pieces:
         layout.update(repr(piece).encode())
     return {

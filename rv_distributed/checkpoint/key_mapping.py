@@ -26,14 +26,16 @@ _REMEDY = "Write one rule a line, REGEX -> REPLACEMENT, or a JSON or YAML object
 
 def parse_key_mapping(path: str, raw: bytes) -> tuple[KeyRule, ...]:
     """The rules of a file, in their order. Raises InputError with every line that is none."""
-    rules: list[KeyRule] = []
+    rules: dict[str, KeyRule] = {}
     problems: list[Problem] = []
     try:
         text = raw.decode()
         for line, entry in _entries(path, text):
             what = entry if isinstance(entry, str) else flaw_of(entry)
+            if isinstance(entry, KeyRule) and entry.pattern in rules:
+                what = f"{entry.pattern!r} stands there twice"
             if isinstance(entry, KeyRule) and not what:
-                rules.append(entry)
+                rules[entry.pattern] = entry
             else:
                 problems.append(Problem(f"{path}:{line}", what, _REMEDY))
     except UnicodeDecodeError as error:
@@ -42,7 +44,7 @@ def parse_key_mapping(path: str, raw: bytes) -> tuple[KeyRule, ...]:
         problems.append(Problem(path, "holds no rule", _REMEDY))
     if problems:
         raise InputError(problems)
-    return tuple(rules)
+    return tuple(rules.values())
 
 
 def flaw_of(rule: KeyRule) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -20,12 +20,72 @@ if TYPE_CHECKING:
 
 Out = Annotated[str, typer.Option("--out", help="Folder to make; it appears when it is complete.", metavar="PATH")]
 LogFormat = Literal["text", "json"]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.", envvar="RV_JSON")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", envvar="RV_QUIET")]
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
+class Running:
+    """How a run is carried out, and what is told of it."""
+
+    runtime: Annotated[
+        RuntimeName,
+        typer.Option(help="local: this process; ray: worker actors; auto: ray on a cluster or with several GPUs."),
+    ] = "auto"
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to use; without one, ray starts on this machine.", metavar="HOST:PORT"),
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option(help="Threads (local) or actors (ray); the default is what there is.", metavar="N")
+    ] = None
+    cpus_per_worker: Annotated[int, typer.Option(help="CPUs of an actor under Ray.", metavar="N")] = 1
+    workers_per_node: Annotated[
+        int | None, typer.Option(help="Most actors on one node of a Ray cluster.", metavar="N")
+    ] = None
+    node_label: Annotated[
+        list[str] | None,
+        typer.Option(help="Label of the Ray nodes that may get actors; may be given again.", metavar="KEY=VALUE"),
+    ] = None
+    device: Annotated[DeviceName, typer.Option(help="auto takes a GPU where a worker has one.")] = "auto"
+    memory_budget: Annotated[
+        str, typer.Option(help="Most memory for the buffers of one worker process.", metavar="SIZE")
+    ] = "512MiB"
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that exists, once the new one is complete.")
+    ] = False
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run left.")] = False
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Publish an output although it holds NaN or infinity.")
+    ] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False
+    json: Json = False
+    quiet: Quiet = False
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Of progress and events on stderr: text, or a JSON object a line.")
+    ] = "text"
+
+    def run_options(self) -> RunOptions:
+        """The options of the run. Raises UsageError."""
+        return RunOptions(
+            runtime=self.runtime,
+            address=self.address,
+            workers=self.workers,
+            cpus_per_worker=self.cpus_per_worker,
+            workers_per_node=self.workers_per_node,
+            node_labels=dict(map(_label, self.node_label or ())),
+            device=self.device,
+            memory_budget_bytes=parse_bytes(self.memory_budget, "--memory-budget"),
+            overwrite=self.overwrite,
+            restart=self.restart,
+            allow_nonfinite=self.allow_nonfinite,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Common(Running):
     """What every operation takes beside its checkpoints."""
 
     dtype: Annotated[
@@ -74,42 +134,6 @@ class Common:
         Stats,
         typer.Option(help="What is measured: full; basic leaves out what was realised of alpha; none saves time."),
     ] = "full"
-    runtime: Annotated[
-        RuntimeName,
-        typer.Option(help="local: this process; ray: worker actors; auto: ray on a cluster or with several GPUs."),
-    ] = "auto"
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to use; without one, ray starts on this machine.", metavar="HOST:PORT"),
-    ] = None
-    workers: Annotated[
-        int | None, typer.Option(help="Threads (local) or actors (ray); the default is what there is.", metavar="N")
-    ] = None
-    cpus_per_worker: Annotated[int, typer.Option(help="CPUs of an actor under Ray.", metavar="N")] = 1
-    workers_per_node: Annotated[
-        int | None, typer.Option(help="Most actors on one node of a Ray cluster.", metavar="N")
-    ] = None
-    node_label: Annotated[
-        list[str] | None,
-        typer.Option(help="Label of the Ray nodes that may get actors; may be given again.", metavar="KEY=VALUE"),
-    ] = None
-    device: Annotated[DeviceName, typer.Option(help="auto takes a GPU where a worker has one.")] = "auto"
-    memory_budget: Annotated[
-        str, typer.Option(help="Most memory for the buffers of one worker process.", metavar="SIZE")
-    ] = "512MiB"
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that exists, once the new one is complete.")
-    ] = False
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run left.")] = False
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Publish an output although it holds NaN or infinity.")
-    ] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False
-    json: Json = False
-    quiet: Quiet = False
-    log_format: Annotated[
-        LogFormat, typer.Option(help="Of progress and events on stderr: text, or a JSON object a line.")
-    ] = "text"
 
     def plan_options(self) -> PlanOptions:
         """The options of the plan. Raises UsageError."""
@@ -132,22 +156,6 @@ class Common:
             stats=self.stats,
         )
 
-    def run_options(self) -> RunOptions:
-        """The options of the run. Raises UsageError."""
-        return RunOptions(
-            runtime=self.runtime,
-            address=self.address,
-            workers=self.workers,
-            cpus_per_worker=self.cpus_per_worker,
-            workers_per_node=self.workers_per_node,
-            node_labels=dict(map(_label, self.node_label or ())),
-            device=self.device,
-            memory_budget_bytes=parse_bytes(self.memory_budget, "--memory-budget"),
-            overwrite=self.overwrite,
-            restart=self.restart,
-            allow_nonfinite=self.allow_nonfinite,
-        )
-
 
 def _label(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
@@ -157,24 +165,31 @@ def _label(text: str) -> tuple[str, str]:
 
 
 def with_common(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose last parameter is ``common``, the fields of `Common` as options of its own."""
+    """Give a command, whose last parameter is ``common``, the fields of its type as options of its own.
+
+    They are read from ``RV_OPTION`` in the environment too, whatever the command; options that only one command has,
+    from ``RV_COMMAND_OPTION``.
+    """
     hints = get_type_hints(command, include_extras=True)
-    shared = get_type_hints(Common, include_extras=True)
+    kind: type[Running] = hints["common"]
+    shared = get_type_hints(kind, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = [
         parameter.replace(annotation=hints[name], kind=keyword)
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "common"
     ]
-    added = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=shared[field.name])
-        for field in fields(Common)
-        if field.default is not MISSING
-    ]
+    running = {field.name for field in fields(Running)}
+    added = []
+    # What decides the output is shown before how it is made.
+    for field in sorted(fields(kind), key=lambda field: field.name in running):
+        (option,) = shared[field.name].__metadata__
+        option.envvar = f"RV_{field.name.upper()}"
+        added.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=shared[field.name]))
 
     @wraps(command)
     def wrapped(**values: Any) -> None:
-        common = Common(**{field.name: values.pop(field.name) for field in fields(Common)})
+        common = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         command(**values, common=common)
 
     parameters = sorted([*own, *added], key=lambda parameter: parameter.default is not inspect.Parameter.empty)

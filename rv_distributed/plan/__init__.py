@@ -14,7 +14,7 @@ from rv_distributed.plan.model import (
     Span,
     TensorPlan,
 )
-from rv_distributed.plan.options import PlanOptions, recorded_options
+from rv_distributed.plan.options import PlanOptions
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -32,6 +32,5 @@ __all__ = [
     "cut_pieces",
     "make_plan",
     "misfits",
-    "recorded_options",
     "task_of",
 ]

@@ -21,48 +21,58 @@ from rv_distributed.plan.matching import Match, Pair, Side, match
 from rv_distributed.plan.model import Operand, Plan, PlannedInput, PlannedSidecar, Rule, Segment, TensorPlan
 from rv_distributed.plan.options import PlanOptions
 from rv_distributed.plan.sources import Frame, Source
-from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, as_float32
+from rv_distributed.plan.weights import Weigher
+from rv_distributed.recipe import Arithmetic, ByTensor, Recipe, show_alpha
 
 _MAX_REPORTED: Final = 20
 
 
-class _Entry(NamedTuple):
-    """A tensor of the output, before it has a place."""
+class _Draft(NamedTuple):
+    """A tensor of the output that has no place yet; see `TensorPlan`. Its segments' ends are counted in elements."""
 
     name: str
     tensor: Tensor
-    """As the frame has it."""
-    dtype: str
+    """Of the frame."""
     rule: Rule
-    match: Match
+    dtype: str
+    segments: tuple[Segment, ...]
+    why: str
+    matched: str
 
 
 def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> Plan:
     """Plan ``recipe`` over ``opened`` (its checkpoints by the names it gives them).
 
-    Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection, and for an
-    input that is to give the small files and is not there.
+    Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection, and for options
+    that do not go with the recipe.
     """
-    alphas = tuple(tuple(_rounded(alpha, options.compute_dtype) for alpha in row) for row in recipe.alphas)
     frame, giver = opened[recipe.frame], opened[recipe.giver(options.sidecars_from)]
-    extracting = recipe.target is None
+    extracting = recipe.operation == "extract"
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
+    weigher = Weigher(recipe, frame.tensors, options.compute_dtype)
+    paths = {file.name: f"{frame.uri}/{file.name}" for file in frame.weight_files}
 
-    seen = Frame(frame, recipe.roles[0][0])
-    pairs = _pairs(recipe, opened, seen, options)
+    pairs = _pairs(recipe, opened, options)
     problems = misfits([opened[name] for name in recipe.inputs], options) if pairs else []
-    matching = match(seen, pairs, options)
+    matching = match(Frame(frame, recipe.frame_role), pairs, options)
     problems += [*matching.problems, *_giver_problems(frame, giver)]
     left_out = list(matching.left_out)
-    entries: list[_Entry] = []
+    drafts: list[_Draft] = []
     for (name, tensor), matched in zip(frame.tensors.items(), matching.tensors, strict=True):
         if extracting and not matched.stretches:
             left_out.append((name, matched.why))
             continue
+        own = Operand(paths[tensor.file], tensor.start, tensor.dtype)
+        segments = _segments(weigher, name, own if recipe.target is not None else None, matched)
+        if segments and recipe.target is not None and not any(each.moves for s in segments for each in s.weights):
+            segments, matched = (), Match((), "alpha is 0", "")
         dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
-        rule: Rule = "combine" if matched.stretches else "copy" if dtype == tensor.dtype else "cast"
-        entries.append(_Entry(name, tensor, dtype, rule, matched))
-    if pairs and not problems and not any(entry.rule == "combine" for entry in entries):
+        rule: Rule = "combine" if segments else "copy" if dtype == tensor.dtype else "cast"
+        segments = segments or (Segment(tensor.elements, own, (), weigher.of(name, ())),)
+        drafts.append(_Draft(name, tensor, rule, dtype, segments, matched.why, matched.matched))
+    if pairs and not problems and not any(draft.rule == "combine" for draft in drafts):
+        if any(draft.why == "alpha is 0" for draft in drafts):
+            raise UsageError("the alphas are 0 for every tensor")
         if options.is_selective:
             raise UsageError("--include and --exclude leave no tensor to compute")
         others = dict.fromkeys(side.source.checkpoint.uri for pair in pairs for side in pair.sides)
@@ -73,27 +83,23 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
     try:
         shards = lay_out(
-            [(e.name, e.dtype, e.tensor.shape, tensor_bytes(e.dtype, e.tensor.shape)) for e in entries],
+            [(d.name, d.dtype, d.tensor.shape, tensor_bytes(d.dtype, d.tensor.shape)) for d in drafts],
             options.max_shard_bytes,
         )
     except HeaderError as error:
         raise UsageError(f"{error.what}; choose a smaller --max-shard-size") from None
-    paths = {file.name: f"{frame.uri}/{file.name}" for file in frame.weight_files}
     tensors = []
     for index, shard in enumerate(shards):
         end = len(shard.header)
-        for name, tensor, dtype, rule, matched in entries[shard.first : shard.first + shard.length]:
+        for name, tensor, rule, dtype, segments, why, matched_as in drafts[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
-            target = None if extracting else Operand(paths[tensor.file], tensor.start, tensor.dtype)
-            segments = _segments(end - start, dtype, target, matched)
-            tensors.append(
-                TensorPlan(name, dtype, tensor.shape, index, start, end, rule, segments, matched.why, matched.matched)
-            )
+            cut = _cut(segments, dtype, end - start)
+            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, cut, why, matched_as))
     return Plan(
         operation=recipe.operation,
         inputs=_inputs(recipe, opened, options),
-        alphas=alphas,
-        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed),
+        alphas=weigher.stated,
+        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed, recipe.order),
         stats=options.stats,
         tensors=tuple(tensors),
         shards=shards,
@@ -103,18 +109,27 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         sidecars=tuple(PlannedSidecar(owner.uri, file.name, file.size) for owner, file in sidecars_of(frame, giver)),
         files_left_out=giver.left_out,
         rules=matching.rules,
-        options=options.recorded(wanted),
+        options=(*options.recorded(wanted), *_sum_options(recipe)),
     )
 
 
-def _pairs(recipe: Recipe, opened: Mapping[str, Checkpoint], frame: Frame, options: PlanOptions) -> list[Pair]:
+def _sum_options(recipe: Recipe) -> list[tuple[str, str]]:
+    if recipe.order == "each":
+        return []
+    scale = "by tensor" if isinstance(recipe.scale, ByTensor) else show_alpha(recipe.scale)
+    return [("normalize", str(recipe.normalize).lower()), ("scale", scale)]
+
+
+def _pairs(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> list[Pair]:
     """The vectors that are used, with their checkpoints as the frame sees them."""
-    sources: dict[str, Source] = {}
+    frame, sources = Frame(opened[recipe.frame], recipe.frame_role), dict[str, Source]()
+    overlap = options.vocab_mismatch == "overlap"
+    if overlap and recipe.operation == "linear":
+        raise UsageError("--vocab-mismatch overlap: a sum of models has no target whose other rows could stay")
 
     def side(role: str, name: str) -> Side:
         checkpoint = opened[name]
         if checkpoint.uri not in sources:
-            overlap = options.vocab_mismatch == "overlap"
             sources[checkpoint.uri] = Source(checkpoint, frame, options.key_mapping, overlap=overlap)
         return Side(role, sources[checkpoint.uri])
 
@@ -122,18 +137,25 @@ def _pairs(recipe: Recipe, opened: Mapping[str, Checkpoint], frame: Frame, optio
     for number in recipe.used:
         vector = recipe.vectors[number]
         if vector.minus is None:
-            pairs.append(Pair(number, side("vector", vector.plus), None))
+            role = "model" if recipe.operation == "linear" else "vector"
+            pairs.append(Pair(number, side(role, vector.plus), None))
         else:
             pairs.append(Pair(number, side("donor", vector.plus), side("reference", vector.minus)))
     return pairs
 
 
-def _segments(nbytes: int, dtype: str, target: Operand | None, matched: Match) -> tuple[Segment, ...]:
-    """What is made alike of a tensor of ``nbytes`` bytes."""
-    if len(matched.stretches) <= 1:
-        return (Segment(nbytes, target, matched.stretches[0][1] if matched.stretches else ()),)
-    item = item_bytes(dtype)
-    return tuple(Segment(stop * item, target, vectors) for stop, vectors in matched.stretches)
+def _segments(weigher: Weigher, name: str, target: Operand | None, matched: Match) -> tuple[Segment, ...]:
+    return tuple(
+        Segment(stop, target, vectors, weigher.of(name, [operand.vector for operand in vectors]))
+        for stop, vectors in matched.stretches
+    )
+
+
+def _cut(segments: tuple[Segment, ...], dtype: str, nbytes: int) -> tuple[Segment, ...]:
+    """Segments by elements as segments by bytes, of a tensor of ``nbytes`` bytes."""
+    if len(segments) == 1:
+        return (segments[0]._replace(stop=nbytes),)
+    return tuple(segment._replace(stop=segment.stop * item_bytes(dtype)) for segment in segments)
 
 
 def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
@@ -144,12 +166,6 @@ def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
         return []
     what = f"has a tokenizer with ids up to {last}, but the output has the {rows} rows of {frame.uri}"
     return [Problem(giver.uri, what, "Take the small files of another input, or leave out --sidecars-from.")]
-
-
-def _rounded(alpha: float, dtype: ComputeDType) -> float:
-    """``alpha`` as the arithmetic uses it. One that is 0 in float32 is 0: `Recipe.used` goes by that."""
-    single = as_float32(alpha)
-    return alpha if dtype == "float64" and single else single
 
 
 def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:

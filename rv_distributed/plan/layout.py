@@ -76,7 +76,6 @@ def _spans(plan: Plan, piece: Piece) -> Iterator[Span]:
         for segment in tensor.segments:
             stop, at = min(segment.stop, last), tensor.start + start
             if start < stop:
-                _, target, vectors = segment
-                yield Span(index, tensor.name, tensor.dtype, start, stop, at, tensor.rule, target, vectors)
+                yield Span(index, tensor.name, tensor.dtype, start, stop, at, tensor.rule, *segment[1:])
                 start = stop
         index += 1

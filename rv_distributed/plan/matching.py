@@ -23,6 +23,7 @@ from rv_distributed.units import plural
 
 _NOWHERE: Final = "not in any vector"
 _GIVE_OR_COPY: Final = "Say with --key-mapping which one it is, or leave the target's as it is with --missing copy."
+_ALL_OR_NONE: Final = "Give models with the same tensors, or leave the tensor out with --exclude."
 _SAME_OR_COPY: Final = "If they are the same, give them the same names with --key-mapping; if not, give --missing copy."
 
 Stretches = tuple[tuple[int, tuple[VectorOperand, ...]], ...]
@@ -91,7 +92,7 @@ def match(frame: Frame, pairs: Sequence[Pair], options: PlanOptions) -> Matching
 class _Matcher:
     def __init__(self, frame: Frame, pairs: Sequence[Pair], options: PlanOptions) -> None:
         self._frame, self._pairs, self._options = frame.checkpoint, pairs, options
-        self._extracting = frame.role == "donor"
+        self._extracting, self._summing = frame.role == "donor", frame.role == "base"
         sides = [side for pair in pairs for side in pair.sides]
         self._others = list(
             dict.fromkeys(side.source for side in sides if side.source.checkpoint.uri != frame.checkpoint.uri)
@@ -115,6 +116,9 @@ class _Matcher:
         if not DTYPES[tensor.dtype].is_float:
             return Match((), f"{tensor.dtype} is not a floating-point dtype", "")
         both = list(zip(self._pairs, found, strict=True))
+        if self._summing and any(None in places for places in found):
+            self._incomplete(name, both)
+            return Match((), _NOWHERE, "")
         whole = [(pair, places) for pair, places in both if None not in places]
         halves = [self._half(name, *each) for each in both if each not in whole and any(each[1])]
         if not whole:
@@ -142,6 +146,13 @@ class _Matcher:
             vectors.append(VectorOperand(vector, plus, minus))
         self._matched = True
         return tuple(vectors)
+
+    def _incomplete(self, name: str, found: Sequence[tuple[Pair, Sequence[Found | Misfit | None]]]) -> None:
+        """A sum of models needs all of them."""
+        for pair, places in found:
+            if None in places:
+                what = f"is not there, but in {self._frame.uri}"
+                self.problems.append(Problem(pair.plus.source.checkpoint.uri, what, _ALL_OR_NONE, name))
 
     def _half(self, name: str, pair: Pair, places: Sequence[Found | Misfit | None]) -> str:
         """Why a vector is not there that only one side has: a difference needs both."""

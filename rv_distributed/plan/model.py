@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, WIDE
+from rv_distributed.checkpoint.manifest import WITHOUT_TARGET
 from rv_distributed.checkpoint.model import FileState
-from rv_distributed.recipe import Arithmetic, Operation, Stats
+from rv_distributed.recipe import Arithmetic, Operation, Stats, Weights
 
 Rule = Literal["combine", "cast", "copy"]
 
@@ -39,9 +40,11 @@ class Segment(NamedTuple):
     stop: int
     """One past its last byte, counted in the tensor. It begins where the segment before it ends."""
     target: Operand | None
-    """None when a vector is extracted."""
+    """None when a vector is extracted, and where models are summed."""
     vectors: tuple[VectorOperand, ...]
     """Empty where no vector is added."""
+    weights: tuple[Weights, ...]
+    """One an output. Of segments with the same numbers, the same object."""
 
 
 class TensorPlan(NamedTuple):
@@ -65,6 +68,13 @@ class TensorPlan(NamedTuple):
     """Why this rule, in words for the tables; empty for ``combine``."""
     matched: str
     """How the vectors' elements were found, where not under the tensor's own name and shape."""
+
+    def rule_in(self, output: int) -> tuple[Rule, str]:
+        """The rule in one output, and why: where its alphas are 0 it gets the target, whatever the others get."""
+        target = self.segments[0].target
+        if self.rule != "combine" or target is None or any(each.weights[output].moves for each in self.segments):
+            return self.rule, self.why
+        return ("copy" if target.dtype == self.dtype else "cast"), "alpha is 0"
 
 
 class ShardPlan(NamedTuple):
@@ -104,6 +114,7 @@ class Span(NamedTuple):
     rule: Rule
     target: Operand | None
     vectors: tuple[VectorOperand, ...]
+    weights: tuple[Weights, ...]
 
     @property
     def is_opaque(self) -> bool:
@@ -156,7 +167,7 @@ class PlannedInput(NamedTuple):
     """A checkpoint that the run reads, as it was when the plan was made."""
 
     role: str
-    """target, donor, reference or vector."""
+    """target, donor, reference, vector, model or base."""
     uri: str
     fingerprint: str
     revision: str | None
@@ -179,8 +190,9 @@ class Plan:
 
     operation: Operation
     inputs: tuple[PlannedInput, ...]
-    alphas: tuple[tuple[float, ...], ...]
-    """One tuple an output, one alpha a vector, rounded to the dtype of the arithmetic."""
+    alphas: tuple[tuple[float | None, ...], ...]
+    """One tuple an output, one alpha a vector, rounded to the dtype of the arithmetic; None for one that depends on the
+    tensor. `Segment.weights` has what is computed with."""
     arithmetic: Arithmetic
     stats: Stats
     tensors: tuple[TensorPlan, ...]
@@ -189,15 +201,25 @@ class Plan:
     pieces: tuple[Piece, ...]
     left_out: tuple[tuple[str, str], ...]
     """Tensors of the inputs that the output has no place for, each with the reason."""
-    giver: str
-    """The input whose small files go with the outputs."""
-    sidecars: tuple[PlannedSidecar, ...]
-    files_left_out: tuple[tuple[str, str], ...]
-    """Files of that input that do not go with the outputs, each with the reason."""
-    rules: tuple[tuple[str, str], ...]
-    """Each rule by which tensors were matched otherwise than by name and shape, with what it did, in words."""
     options: tuple[tuple[str, str], ...]
     """The options that change the output's bytes, by name, for the manifest and for resume."""
+    giver: str = ""
+    """The input whose small files go with the outputs."""
+    sidecars: tuple[PlannedSidecar, ...] = ()
+    files_left_out: tuple[tuple[str, str], ...] = ()
+    """Files of that input that do not go with the outputs, each with the reason."""
+    rules: tuple[tuple[str, str], ...] = ()
+    """Each rule by which tensors were matched otherwise than by name and shape, with what it did, in words."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether what is measured as v is the weighted sum of the vectors, also where a tensor has but one of them."""
+        return len(self.alphas[0]) > 1 or self.arithmetic.order != "each"
+
+    @property
+    def has_target(self) -> bool:
+        """Whether outputs are a target and what is added to it."""
+        return self.operation not in WITHOUT_TARGET
 
     @property
     def output_bytes(self) -> int:

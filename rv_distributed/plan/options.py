@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from rv_distributed.checkpoint.dtypes import FROM_USER
 from rv_distributed.checkpoint.key_mapping import KeyRule, flaw_of
 from rv_distributed.errors import UsageError
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES
-from rv_distributed.recipe import ComputeDType, Missing, Role, Rounding, Stats, VocabMismatch
+from rv_distributed.recipe import ComputeDType, Missing, Role, Rounding, Stats, VocabMismatch, check_pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +73,9 @@ class PlanOptions:
         if self.force_tokenizer_mismatch and self.vocab_mismatch != "overlap":
             raise UsageError("--force-tokenizer-mismatch changes nothing without --vocab-mismatch overlap")
         for pattern in (self.include, self.exclude):
-            try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
+            check_pattern(pattern or "")
+        if len({rule.pattern for rule in self.key_mapping}) < len(self.key_mapping):
+            raise UsageError("the key mapping has two rules of one regular expression")
         for rule in self.key_mapping:
             if flaw := flaw_of(rule):
                 raise UsageError(f"the key mapping {flaw}")
@@ -115,22 +113,3 @@ class PlanOptions:
             ("key_mapping", json.dumps(self.key_mapping, ensure_ascii=False)),
             ("sidecars_from", self.sidecars_from or ""),
         )
-
-
-def recorded_options(recorded: Mapping[str, str], piece_bytes: int) -> PlanOptions:
-    """The options in a manifest, with pieces of another size. Raises KeyError, ValueError, TypeError and UsageError for
-    what no version of ours has recorded."""
-    values: dict[str, Any] = dict(recorded)
-    return PlanOptions(
-        **{
-            **values,
-            "max_shard_bytes": int(recorded["max_shard_bytes"]),
-            "include": recorded["include"] or None,
-            "exclude": recorded["exclude"] or None,
-            "piece_bytes": piece_bytes,
-            "seed": int(recorded["seed"]),
-            "force_tokenizer_mismatch": json.loads(recorded["force_tokenizer_mismatch"]) is True,
-            "key_mapping": tuple(KeyRule(*rule) for rule in json.loads(recorded["key_mapping"])),
-            "sidecars_from": recorded["sidecars_from"] or None,
-        }
-    )

@@ -63,7 +63,7 @@ class Frame(NamedTuple):
 
     checkpoint: Checkpoint
     role: Role
-    """target, or donor when a vector is extracted."""
+    """target; donor when a vector is extracted; base when models are summed."""
 
 
 class _Slice(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Final, NamedTuple, Protocol
@@ -12,6 +12,7 @@ import numpy as np
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.measures import Leaf, Measures
 from rv_distributed.plan import Span
+from rv_distributed.recipe import Weights
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
@@ -28,7 +29,7 @@ class Block(Protocol):
         self,
         span: Span,
         part: Part,
-        alphas: list[list[float]],
+        weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
@@ -54,7 +55,7 @@ class PartComputer:
 
     def __init__(self, config: WorkerConfig, device: str) -> None:
         self._config, self._device = config, device
-        self._alphas = config.alphas
+        self._numbers = config.numbers
         self._block_bytes = BLOCK_BYTES if device == "cpu" else _CUDA_BLOCK_BYTES
         self._block = _choose_block(config, device, self._block_bytes)
 
@@ -74,7 +75,7 @@ class PartComputer:
             outs[:, part.at : part.at + part.nbytes] = arena.array[part.target : part.target + part.nbytes]
             yield Computed(part.at, part.at + part.nbytes, ())
             return
-        alphas = [[row[operand.vector] for operand in span.vectors] for row in self._alphas]
+        weights = [span.weights[number] for number in self._numbers]
         block = self._wide_block if span.is_wide else self._block
         item = item_bytes(span.dtype)
         done = 0
@@ -87,7 +88,7 @@ class PartComputer:
             count = 1 if is_cut else min(max(1, (border - place) // item), part.elements - done)
             _fetch(span, part, arena, done, count)
             low, high = max(place, part.at), min(place + count * item, part.at + part.nbytes)
-            measured = _fill(block, span, part, alphas, arena.array, outs, place, low, high, done, count)
+            measured = _fill(block, span, part, weights, arena.array, outs, place, low, high, done, count)
             leaves = () if is_cut else tuple((number, found.moved(part.first + done)) for found in measured)
             yield Computed(low, high, leaves)
             done += count
@@ -97,7 +98,7 @@ def _fill(
     block: Block,
     span: Span,
     part: Part,
-    alphas: list[list[float]],
+    weights: Sequence[Weights],
     arena: Bytes,
     outs: Bytes,
     place: int,
@@ -108,10 +109,10 @@ def _fill(
 ) -> list[Measures]:
     item = item_bytes(span.dtype)
     if low == place and high == place + count * item and place % item == 0:
-        return block(span, part, alphas, arena, outs, place, done, count)
+        return block(span, part, weights, arena, outs, place, done, count)
     # Elements at odd addresses, or some of their bytes are another part's.
     whole = np.empty((len(outs), count * item), np.uint8)
-    measured = block(span, part, alphas, arena, whole, 0, done, count)
+    measured = block(span, part, weights, arena, whole, 0, done, count)
     outs[:, low:high] = whole[:, low - place : high - place]
     return measured
 

@@ -38,7 +38,7 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
         (_operand_ratio(tensor, segment) for tensor in plan.tensors for segment in tensor.segments), default=1.0
     )
     scratch = _SCRATCH_BYTES * (1 + outputs)
-    wide = (is_wide(tensor.dtype, *segment[1:]) for tensor in plan.tensors for segment in tensor.segments)
+    wide = (is_wide(tensor.dtype, each.target, each.vectors) for tensor in plan.tensors for each in tensor.segments)
     if plan.arithmetic.compute_dtype == "float64" or any(wide):
         # As many elements as a block of a 16-bit dtype has.
         scratch += (4 + 2 * outputs) * 8 * (BLOCK_BYTES // 2) + _TEMPORARY_BYTES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference import Raw, assert_same, combined, read_checkpoint, weights
+from reference import Raw, assert_same, combined, narrow, read_checkpoint, weights, widen
 from refusal import ROLES, assert_refused, transfer
 from triples import ALPHA, applied, ok, rows_of, transferred, write_models
 
@@ -305,3 +305,21 @@ def test_a_header_with_countless_experts_is_not_taken_apart(tmp_path: Path) -> N
         tensors[role]["model.layers.0.mlp.experts.gate_up_proj"] = Raw("BF16", (1 << 60, 0, 40), b"")
     again = write_models(tmp_path / "again", tensors)
     assert_refused(again, transfer(again, again / "out"), "that no vector has, and")
+
+
+def test_a_sum_of_models_takes_every_layout(tmp_path: Path) -> None:
+    models = models_of(tmp_path, ("fused", "split", "wrapped"))
+    vectors = tuple(rv.Vector(str(models / role)) for role in ROLES)
+    recipe = rv.Recipe("linear", None, vectors, ((0.5, 0.25, 0.25),))
+    rv.prepare(recipe, [str(models / "out")], rv.PlanOptions(), rv.RunOptions(runtime="local")).run()
+    parts = [split(seed) for seed in range(3)]
+    sums = {}
+    for name, raw in parts[0].items():
+        t, a, b = (widen(each[name]).astype(np.float64) for each in parts)
+        # Exact in float32: alphas are powers of two, and the values are of like size.
+        sums[name] = Raw("BF16", raw.shape, narrow((0.5 * t + 0.25 * a + 0.25 * b).astype(np.float32), "BF16"))
+    found, expected = read_checkpoint(models / "out"), fused_experts(sums)
+    assert found.keys() == expected.keys()
+    for name, raw in expected.items():
+        assert np.allclose(widen(found[name]), widen(raw), rtol=2**-7, atol=0)
+    ok("verify", models / "out", "--against-inputs")

@@ -187,6 +187,7 @@ def test_a_rule_without_effect_is_told(tmp_path: Path) -> None:
         ("rules", "a -> b\nmodel\n( -> x\n", (":2: 'model' is no rule", ":3: '(' -> 'x' cannot be applied")),
         ("rules", "(a) -> \\2\n", (":1: '(a)'", "invalid group reference")),
         ("rules", "# nothing\n", (": holds no rule",)),
+        ("rules", "a -> b\nc -> d\na -> c\n", (":3: 'a' stands there twice",)),
         ("rules", "a -> b\n\xff".encode("latin-1"), ("is not UTF-8",)),
         ("rules.yaml", "a: b\n- c\n", (":2: cannot be read",)),
         ("rules.json", '{"a":\n "b",\n "c": ["d"]}', (":3: a regular expression and its replacement are texts",)),
@@ -210,3 +211,41 @@ def test_a_missing_file_of_rules_is_named(tmp_path: Path) -> None:
     models = models_of(tmp_path)
     args = transfer(models, models / "out", "--key-mapping", str(tmp_path / "none"))
     assert_refused(models, args, f"{tmp_path / 'none'}: cannot be read: No such file")
+
+
+def test_a_recipe_states_the_rules_and_the_other_options(tmp_path: Path) -> None:
+    models = models_of(tmp_path, donor=gpt)
+    recipe = models / "recipe.yaml"
+    recipe.write_text(
+        "target: target\nvectors:\n- {donor: donor, reference: reference, alpha: 0.7}\nmissing: copy\n"
+        "vocab_mismatch: overlap\nforce_tokenizer_mismatch: true\nsidecars_from: donor\nkey_mapping:\n"
+        "  '^transformer_\\.h\\.': model.layers.\n  '\\.attn\\.': .self_attn.\n  '^drop\\.': ''\n"
+    )
+    ok("run", recipe, "--out", models / "out", "--runtime", "local")
+    assert_same(read_checkpoint(models / "out"), wanted())
+    options = json.loads((models / "out" / "rv_manifest.json").read_bytes())["options"]
+    assert json.loads(options["key_mapping"])[2] == [r"^drop\.", ""]
+    assert (options["missing"], options["sidecars_from"]) == ("copy", "donor")
+    assert (options["vocab_mismatch"], options["force_tokenizer_mismatch"]) == ("overlap", "true")
+    # What is written beside the output says the same.
+    ok("verify", models / "out", "--against-inputs")
+    ok("run", models / "out" / "rv_recipe.yaml", "--out", models / "again", "--runtime", "local")
+    assert_same(read_checkpoint(models / "again"), wanted())
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("key_mapping: {'(': x}", "is not a regular expression"),
+        ("key_mapping: {'(a)': '\\2'}", "cannot be applied"),
+        ("key_mapping: [a]", "key_mapping"),
+        ("missing: perhaps", "missing"),
+        ("sidecars_from: nobody", "sidecars_from"),
+        ("force_tokenizer_mismatch: true", "--vocab-mismatch overlap"),
+    ],
+)
+def test_options_of_a_recipe_that_make_no_sense_are_refused(tmp_path: Path, line: str, told: str) -> None:
+    models = models_of(tmp_path)
+    recipe = models / "recipe.yaml"
+    recipe.write_text(f"target: target\nvectors:\n- {{donor: donor, reference: reference}}\n{line}\n")
+    assert_refused(models, ["run", recipe, "--out", models / "out"], (f"{recipe}:", told))

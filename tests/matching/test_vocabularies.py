@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from reference import Raw, assert_same, combined, read_checkpoint, weights
 from refusal import ROLES, assert_refused, run_rv, transfer
-from triples import ALPHA, applied, rows_of, transferred, write_models
+from triples import ALPHA, applied, ok, rows_of, transferred, write_models
 
 import rv_distributed as rv
 
@@ -227,3 +227,41 @@ def test_a_sweep_leaves_the_other_rows_alone_in_every_output(tmp_path: Path) -> 
     assert (done.status, done.stderr) == (0, "")
     assert_same(read_checkpoint(models / "out-0"), read_checkpoint(models / "target"))
     assert_same(read_checkpoint(models / "out-0.7"), wanted(models, 1900))
+
+
+def vectors_of(folder: Path) -> tuple[Path, dict[str, dict[str, Raw]]]:
+    """A target of 2048 rows and two stored vectors, one of them with 1901."""
+    models = models_of(folder, {"target": 2048, "donor": 2048, "reference": 1901}, dtypes=dict.fromkeys(ROLES, "F32"))
+    return models, {role: read_checkpoint(models / role) for role in ROLES}
+
+
+@pytest.mark.parametrize("operation", ["apply", "task_arithmetic"])
+def test_rows_that_one_of_two_vectors_lacks_get_the_other(tmp_path: Path, operation: Any) -> None:
+    """And, where their sum is normalized, divided by the alpha of the other."""
+    models, tensors = vectors_of(tmp_path)
+    normalize = operation == "task_arithmetic"
+    vectors = (rv.Vector(str(models / "donor")), rv.Vector(str(models / "reference")))
+    recipe = rv.Recipe(operation, str(models / "target"), vectors, ((0.5, 0.25),), normalize=normalize)
+    options, how = rv.PlanOptions(vocab_mismatch="overlap"), rv.RunOptions(runtime="local")
+    rv.prepare(recipe, [str(models / "out")], options, how).run()
+    found = read_checkpoint(models / "out")
+    for name, raw in tensors["target"].items():
+        t, one, other = (np.frombuffer(tensors[role][name].data, np.float32) for role in ROLES)
+        both = 0.5 * one[: other.size] + np.float32(0.25) * other
+        alone = np.float32(0.5) * one[other.size :]
+        if normalize:
+            both, alone = both / np.float32(0.75), alone / np.float32(0.5)
+        values = np.frombuffer(found[name].data, np.float32)
+        assert np.allclose(values[: other.size], t[: other.size] + both, rtol=1e-6, atol=1e-7)
+        assert np.array_equal(values[other.size :], t[other.size :] + alone)
+        assert found[name].shape == raw.shape
+    ok("verify", models / "out", "--against-inputs")
+
+
+def test_a_sum_of_models_has_no_rows_to_leave_alone(tmp_path: Path) -> None:
+    models, _ = vectors_of(tmp_path)
+    vectors = (rv.Vector(str(models / "donor")), rv.Vector(str(models / "reference")))
+    recipe = rv.Recipe("linear", None, vectors, ((0.5, 0.5),))
+    options, how = rv.PlanOptions(vocab_mismatch="overlap"), rv.RunOptions(runtime="local")
+    with pytest.raises(rv.UsageError, match="a sum of models has no target"):
+        rv.prepare(recipe, [str(models / "out")], options, how)
