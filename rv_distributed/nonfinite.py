@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.checkpoint.sources import Source, path_of
 from rv_distributed.checkpoint.table import TensorRow
 from rv_distributed.errors import NonFiniteError, Problem
-from rv_distributed.plan import Operand, Plan, TensorPlan
+from rv_distributed.plan import Plan, TensorPlan
+from rv_distributed.runtime.decoding import element_of
 
 _MOST_SHOWN: Final = 20
 _REMEDY: Final = "Repair the checkpoint; or run again with --allow-nonfinite, which publishes what is finished already."
@@ -31,14 +31,15 @@ def _problems(plan: Plan, out: str, rows: Iterable[TensorRow]) -> Iterator[Probl
         if row.first_nonfinite is None:
             continue
         count = f"{row.nan + row.infinite} of {math.prod(row.shape)} elements are NaN or infinite in {out}"
-        sources = [(role, operand, _element(operand, row.first_nonfinite)) for role, operand in _operands(tensor)]
+        first = row.first_nonfinite
+        sources = [(role, source, element_of(source, first)) for role, source in _sources(tensor)]
         found = ", ".join(f"{role} {value}" for role, _, value in sources)
-        where = next((operand.path for _, operand, value in sources if not math.isfinite(value)), out)
+        where = next((path_of(source, first) for _, source, value in sources if not math.isfinite(value)), out)
         why = "" if where != out else f"; the sum is too large for {row.dtype}"
         yield Problem(where, f"{count}, the first at index {row.first_nonfinite} ({found}){why}", _REMEDY, row.name)
 
 
-def _operands(tensor: TensorPlan) -> Iterator[tuple[str, Operand]]:
+def _sources(tensor: TensorPlan) -> Iterator[tuple[str, Source]]:
     if tensor.target is not None:
         yield "target", tensor.target
     for vector in tensor.vectors:
@@ -47,15 +48,3 @@ def _operands(tensor: TensorPlan) -> Iterator[tuple[str, Operand]]:
         else:
             yield "donor", vector.plus
             yield "reference", vector.minus
-
-
-def _element(operand: Operand, index: int) -> float:
-    """One element of a source tensor, of one of the dtypes that arithmetic reads. Raises OSError."""
-    width = item_bytes(operand.dtype)
-    with open(operand.path, "rb") as file:
-        file.seek(operand.offset + index * width)
-        raw = file.read(width)
-    if operand.dtype == "BF16":
-        raw = bytes(2) + raw
-    value: float = struct.unpack("<e" if operand.dtype == "F16" else "<f", raw)[0]
-    return value

@@ -1,9 +1,10 @@
 """Planning: pure functions from opened checkpoints to a `Plan`. No I/O, no torch, no ray."""
 
+from rv_distributed.checkpoint.sources import Operand, Source
 from rv_distributed.plan.build import PlanOptions, make_plan
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, task_of
-from rv_distributed.plan.model import Operand, Piece, PieceTask, Plan, PlannedInput, ShardPlan, Span, TensorPlan
+from rv_distributed.plan.model import Piece, PieceTask, Plan, PlannedInput, ShardPlan, Span, TensorPlan
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -15,6 +16,7 @@ __all__ = [
     "PlanOptions",
     "PlannedInput",
     "ShardPlan",
+    "Source",
     "Span",
     "TensorPlan",
     "cut_pieces",

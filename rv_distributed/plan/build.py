@@ -14,10 +14,11 @@ from typing import Final, NamedTuple, get_args
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
+from rv_distributed.checkpoint.sources import Operand
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
-from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
+from rv_distributed.plan.model import Plan, PlannedInput, Rule, TensorPlan, VectorOperand
 from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, Stats, as_float32
 
 _MAX_REPORTED: Final = 20

@@ -6,17 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rv_distributed.checkpoint.model import FileState
+from rv_distributed.checkpoint.sources import Source
 from rv_distributed.recipe import Arithmetic, Operation, Stats
 
 Rule = Literal["combine", "cast", "copy"]
-
-
-class Operand(NamedTuple):
-    """A source tensor: ``elements`` of ``dtype`` in ``path`` from byte ``offset``."""
-
-    path: str
-    offset: int
-    dtype: str
 
 
 class VectorOperand(NamedTuple):
@@ -24,8 +17,8 @@ class VectorOperand(NamedTuple):
 
     vector: int
     """Index into the recipe's vectors."""
-    plus: Operand
-    minus: Operand | None
+    plus: Source
+    minus: Source | None
 
 
 class TensorPlan(NamedTuple):
@@ -42,7 +35,7 @@ class TensorPlan(NamedTuple):
     stop: int
     rule: Rule
     """``combine``: arithmetic; ``cast``: the target rounded to another dtype; ``copy``: its bytes."""
-    target: Operand | None
+    target: Source | None
     vectors: tuple[VectorOperand, ...]
     why: str
     """Why this rule, in words for the tables; empty for ``combine``."""
@@ -83,7 +76,7 @@ class Span(NamedTuple):
     at: int
     """Where that byte lies in the output file."""
     rule: Rule
-    target: Operand | None
+    target: Source | None
     vectors: tuple[VectorOperand, ...]
 
 

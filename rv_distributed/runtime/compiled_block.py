@@ -5,7 +5,7 @@ from __future__ import annotations
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.measures import Measures
-from rv_distributed.plan import Operand, Span
+from rv_distributed.plan import Source, Span
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
 from rv_distributed.runtime.model import WorkerConfig
@@ -33,7 +33,7 @@ class CompiledBlock:
         done: int,
         count: int,
     ) -> list[Measures]:
-        def raw(place: int, operand: Operand) -> RawOperand:
+        def raw(place: int, operand: Source) -> RawOperand:
             return RawOperand(place + done * item_bytes(operand.dtype), operand.dtype)
 
         return self._combiner.compute(

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
+from rv_distributed.checkpoint.sources import Source
 from rv_distributed.measures import Leaf, Measures
 from rv_distributed.plan import Span
 from rv_distributed.runtime.arena import Arena
@@ -66,6 +67,7 @@ class PartComputer:
             outs[:, part.at : part.at + part.nbytes] = arena.array[part.target : part.target + part.nbytes]
             yield Computed(part.at, part.at + part.nbytes, ())
             return
+        arena.decoder.keep_only(_sources(span))
         alphas = [[row[operand.vector] for operand in span.vectors] for row in self._alphas]
         item = item_bytes(span.dtype)
         done = 0
@@ -108,13 +110,16 @@ class PartComputer:
 
 def _fetch(span: Span, part: Part, arena: Arena, done: int, count: int) -> None:
     """Wait for elements ``done`` to ``done + count`` of all operands."""
-    operands = [(part.target, span.target)]
-    for (plus_at, minus_at), vector in zip(part.vectors, span.vectors, strict=True):
-        operands += [(plus_at, vector.plus), (minus_at, vector.minus)]
-    for at, operand in operands:
-        if operand is not None:
-            item = item_bytes(operand.dtype)
+    places = [part.target, *(place for places in part.vectors for place in places)]
+    for at, source in zip(places, _sources(span), strict=True):
+        if source is not None:
+            item = item_bytes(source.dtype)
             arena.need(at + done * item, count * item)
+
+
+def _sources(span: Span) -> list[Source | None]:
+    """The target, and the two sources of each vector."""
+    return [span.target, *(source for vector in span.vectors for source in (vector.plus, vector.minus))]
 
 
 def _choose_block(config: WorkerConfig, device: str, block_bytes: int) -> Block:

@@ -6,7 +6,8 @@ from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.errors import UsageError
-from rv_distributed.plan import Operand, Plan, TensorPlan
+from rv_distributed.checkpoint.sources import LowRank, Operand, Source, element_bytes
+from rv_distributed.plan import Plan, TensorPlan
 from rv_distributed.runtime.model import BLOCK_BYTES
 
 #: Large enough for full storage speed, small enough that many streams fit a small budget.
@@ -16,6 +17,8 @@ DEFAULT_BUDGET_BYTES = 512 << 20
 _SCRATCH_BYTES: Final = 128 << 10
 #: Of a stream that computes in float64, through torch: temporaries of rounding and measuring, mostly of 8 bytes.
 _TEMPORARY_BYTES: Final = 10 * BLOCK_BYTES
+#: Of a block that is decoded: its base in 16 bits and in 32, where an adapter has one, and the rows of a factor.
+_DECODING_BYTES: Final = 4 * BLOCK_BYTES
 
 
 class Sizing(NamedTuple):
@@ -33,8 +36,9 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     Raises UsageError when not even one stream with the smallest chunks fits.
     """
     outputs = len(plan.alphas)
-    ratio = max((_operand_ratio(tensor) for tensor in plan.tensors), default=1.0)
+    ratio = max((_arena_ratio(tensor) for tensor in plan.tensors), default=1.0)
     scratch = _SCRATCH_BYTES * (1 + outputs)
+    scratch += max((_decoding_bytes(tensor) for tensor in plan.tensors), default=0)
     if plan.arithmetic.compute_dtype == "float64":
         # As many elements as a block of a 16-bit dtype has.
         scratch += (4 + 2 * outputs) * 8 * (BLOCK_BYTES // 2) + _TEMPORARY_BYTES
@@ -55,16 +59,32 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     return Sizing(streams, chunk, streams * stream_bytes(chunk))
 
 
-def _operand_ratio(tensor: TensorPlan) -> float:
-    """Bytes read for each byte written."""
+def _sources(tensor: TensorPlan) -> list[Source]:
+    found = [tensor.target, *(source for vector in tensor.vectors for source in (vector.plus, vector.minus))]
+    return [source for source in found if source is not None]
+
+
+def _arena_ratio(tensor: TensorPlan) -> float:
+    """Bytes of the arena that it takes for each byte written."""
     if tensor.rule == "copy":
-        return 1.0
-    operands: list[Operand] = [tensor.target] if tensor.target is not None else []
-    for vector in tensor.vectors:
-        operands += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
-    return sum(item_bytes(operand.dtype) for operand in operands) / item_bytes(tensor.dtype)
+        return 1.0 if isinstance(tensor.target, Operand) else 2.0
+    return sum(element_bytes(source).held for source in _sources(tensor)) / item_bytes(tensor.dtype)
+
+
+def _decoding_bytes(tensor: TensorPlan) -> int:
+    """What decoding takes beside the arena: factors, and temporaries of a block of 16-bit elements."""
+    sources = _sources(tensor)
+    kept = sum(source.kept_bytes for source in sources if isinstance(source, LowRank))
+    return kept + (0 if all(isinstance(source, Operand) for source in sources) else _DECODING_BYTES)
 
 
 def bytes_to_read(plan: Plan) -> int:
-    """Bytes of tensor data that a run of the whole plan reads."""
-    return sum(round((tensor.stop - tensor.start) * _operand_ratio(tensor)) for tensor in plan.tensors)
+    """Bytes of tensor data that a run of the whole plan reads; without scales and factors, which are few."""
+    return round(sum(map(_bytes_to_read, plan.tensors)))
+
+
+def _bytes_to_read(tensor: TensorPlan) -> float:
+    nbytes = tensor.stop - tensor.start
+    if tensor.rule == "copy":
+        return nbytes
+    return nbytes / item_bytes(tensor.dtype) * sum(element_bytes(source).read for source in _sources(tensor))
