@@ -45,7 +45,7 @@ class Arena:
         self.bytes_read = 0
         """In all chunks so far."""
         self.read_s = 0.0
-        """Seconds that it took."""
+        """Seconds that it took, without waiting for a processor afterwards."""
 
     @property
     def array(self) -> Bytes:
@@ -130,7 +130,9 @@ class Arena:
         try:
             reader.read(view, at, offset, nbytes)
         finally:
+            asked = time.perf_counter()
             self._processor.acquire()
+            self.read_s -= time.perf_counter() - asked
 
     def _reader(self, path: str) -> RangeReader:
         reader = self._readers.pop(path, None) or RangeReader(path)
