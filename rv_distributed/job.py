@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rv_distributed.checkpoint.manifest import Manifest, Timings
-from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.model import Checkpoint, all_folders
 from rv_distributed.checkpoint.pieces import PieceRow
 from rv_distributed.errors import InputError, OutputError, PieceError, Problem, RunError, UsageError
 from rv_distributed.identity import identity_of
@@ -57,7 +57,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
                 problems += error.problems
     complete = _complete(plan, outs, run_options) if plan is not None else {}
     unmade = [out for number, out in enumerate(outs) if number not in complete]
-    places = place_problems(unmade, opened.values(), overwrite=run_options.overwrite)
+    places = place_problems(unmade, all_folders(opened.values()), overwrite=run_options.overwrite)
     if problems or plan is None:
         raise InputError([*problems, *places])
     if places:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.checkpoint.sources import Source, path_of
 from rv_distributed.checkpoint.table import TensorRow
 from rv_distributed.errors import NonFiniteError, Problem
-from rv_distributed.plan import Plan, TensorPlan
+from rv_distributed.plan import Plan, Segment
 from rv_distributed.runtime.decoding import element_of
 
 _MOST_SHOWN: Final = 20
@@ -32,17 +33,19 @@ def _problems(plan: Plan, out: str, rows: Iterable[TensorRow]) -> Iterator[Probl
             continue
         count = f"{row.nan + row.infinite} of {math.prod(row.shape)} elements are NaN or infinite in {out}"
         first = row.first_nonfinite
-        sources = [(role, source, element_of(source, first)) for role, source in _sources(tensor)]
+        at = first * item_bytes(tensor.dtype)
+        segment = next(segment for segment in tensor.segments if at < segment.stop)
+        sources = [(role, source, element_of(source, first)) for role, source in _sources(segment)]
         found = ", ".join(f"{role} {value}" for role, _, value in sources)
         where = next((path_of(source, first) for _, source, value in sources if not math.isfinite(value)), out)
         why = "" if where != out else f"; the sum is too large for {row.dtype}"
         yield Problem(where, f"{count}, the first at index {row.first_nonfinite} ({found}){why}", _REMEDY, row.name)
 
 
-def _sources(tensor: TensorPlan) -> Iterator[tuple[str, Source]]:
-    if tensor.target is not None:
-        yield "target", tensor.target
-    for vector in tensor.vectors:
+def _sources(segment: Segment) -> Iterator[tuple[str, Source]]:
+    if segment.target is not None:
+        yield "target", segment.target
+    for vector in segment.vectors:
         if vector.minus is None:
             yield "vector", vector.plus
         else:

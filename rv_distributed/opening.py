@@ -10,10 +10,12 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Final
 
 from blake3 import blake3
 
+from rv_distributed.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rv_distributed.checkpoint.header import (
     LENGTH_BYTES,
     Header,
@@ -25,7 +27,7 @@ from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormat
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
 from rv_distributed.checkpoint.sidecars import is_sidecar
-from rv_distributed.errors import InputError, Problem
+from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.storage import PosixFolder, open_folder
 from rv_distributed.storage.posix import is_text, same_bytes
 
@@ -61,13 +63,46 @@ _SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
 def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
-    """Read everything but the weights of the checkpoint in a folder.
+    """Read everything but the weights of the checkpoint in a folder, or of a base with an adapter: ``BASE+ADAPTER``.
 
     ``open_checkpoint(uri).tensors[name]`` gives a tensor's dtype, shape, file and byte range.
 
     Raises InputError with every problem found: missing, truncated or malformed shards, an index that
     does not fit its shards, unreadable files.
     """
+    pair = _base_and_adapter(os.fspath(uri))
+    if pair is None:
+        return _open(uri)
+    parts: list[Checkpoint] = []
+    problems: list[Problem] = []
+    for part, is_adapter in zip(pair, (False, True), strict=True):
+        try:
+            parts.append(_open(part, is_adapter=is_adapter))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    base, adapter = parts
+    return replace(base, adapter=adapter, warnings=base.warnings + adapter.warnings)
+
+
+def _base_and_adapter(uri: str) -> tuple[str, str] | None:
+    """The two folders that ``BASE+ADAPTER`` names; None for a folder, whatever is in its name."""
+    splits = [(uri[:place], uri[place + 1 :]) for place, letter in enumerate(uri) if letter == "+"]
+    splits = [(base, adapter) for base, adapter in splits if base and adapter]
+    if not splits or _is_folder(uri):
+        return None
+    return next((split for split in splits if all(map(_is_folder, split))), splits[0])
+
+
+def _is_folder(uri: str) -> bool:
+    try:
+        return bool(open_folder(uri).files())
+    except (InputError, UsageError):
+        return False
+
+
+def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False) -> Checkpoint:
     folder = open_folder(uri)
     files = {file.name: file for file in folder.files()}
     problems: list[Problem] = [
@@ -77,7 +112,10 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     ]
     problems += _unreachable(folder)
     warnings: list[str] = []
-    weight_map, shards = _choose_shards(folder, files, problems, warnings)
+    if is_adapter:
+        weight_map, shards = None, _adapter_weights(folder, files, problems)
+    else:
+        weight_map, shards = _choose_shards(folder, files, problems, warnings)
 
     def load(file: FileState) -> tuple[Header, int, bytes] | Problem:
         return _load_header(folder, file)
@@ -100,7 +138,9 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
                 )
     if weight_map is not None and not problems:
         problems += _check_index(folder, weight_map, tensors)
-    config = _read_json(folder, files, "config.json", problems)
+    # An adapter that is opened as a model is said to be one where it is used as one.
+    is_adapter = is_adapter or [file.name for file in shards] == [ADAPTER_WEIGHTS]
+    config = _read_json(folder, files, ADAPTER_CONFIG if is_adapter else "config.json", problems)
     manifest = _read_json(folder, files, MANIFEST_FILE, problems)
     if problems:
         raise InputError(problems)
@@ -152,6 +192,14 @@ def _choose_shards(
     return weight_map, [files[name] for name in named if name in files]
 
 
+def _adapter_weights(folder: PosixFolder, files: dict[str, FileState], problems: list[Problem]) -> list[FileState]:
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        if name not in files:
+            what = f"holds no {name}, which a LoRA adapter has"
+            problems.append(Problem(folder.uri, what, "Save the adapter with PEFT's save_pretrained, as safetensors."))
+    return [files[ADAPTER_WEIGHTS]] if ADAPTER_WEIGHTS in files else []
+
+
 def _unreachable(folder: PosixFolder) -> list[Problem]:
     """What stands where a file of the model should be: links that lead nowhere, and folders."""
     problems = [
@@ -198,11 +246,15 @@ def _load_header(folder: PosixFolder, file: FileState) -> tuple[Header, int, byt
 
 
 def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints have the same files of weights, byte for byte.
+    """Whether two checkpoints have the same files of weights, byte for byte, and so have their adapters.
 
     Other fingerprints tell them apart at once; only those with the same one are read, up to the first difference.
     Raises OSError.
     """
+    return len(one.folders) == len(other.folders) and all(map(_same_files, one.folders, other.folders))
+
+
+def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
     if one.uri == other.uri:
         return True
     return one.fingerprint == other.fingerprint and all(

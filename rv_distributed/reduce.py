@@ -17,6 +17,7 @@ from functools import cached_property
 from blake3 import blake3
 
 from rv_distributed.checkpoint.card import build_card, license_fields, metadata_of, model_name
+from rv_distributed.checkpoint.fp8 import fp8_scheme
 from rv_distributed.checkpoint.index import INDEX_FILE, build_index
 from rv_distributed.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -30,9 +31,9 @@ from rv_distributed.checkpoint.manifest import (
     Timings,
     Totals,
 )
-from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.model import Checkpoint, all_folders
 from rv_distributed.checkpoint.pieces import PieceRow, write_pieces
-from rv_distributed.checkpoint.sidecars import with_dtype
+from rv_distributed.checkpoint.sidecars import with_dtype, without_quantization
 from rv_distributed.checkpoint.table import TensorRow, shard_digest, write_table
 from rv_distributed.errors import ChangedError, RunError
 from rv_distributed.identity import identity_digest
@@ -89,6 +90,8 @@ class Reducer:
             data = folder.read(sidecar.name)
             if sidecar.name == "config.json" and dtype != "auto":
                 data = with_dtype(data, dtype)
+            if sidecar.name == "config.json" and fp8_scheme(frame.config) is not None:
+                data = without_quantization(data)
             files.append(self._write(sidecar.name, data))
         manifest = Manifest(
             operation=self._plan.operation,
@@ -107,7 +110,7 @@ class Reducer:
             totals=totals,
             timings=timings,
         )
-        names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
+        names = {folder.uri: model_name(folder.uri) for folder in all_folders(opened.values())}
         card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(frame)).encode())
         manifest = manifest.with_file(card).sealed()
         entry = self._write(MANIFEST_FILE, manifest.to_json())

@@ -36,7 +36,7 @@ def tensor_rows(plan: Plan, output: int, pieces: Mapping[int, Spans]) -> tuple[l
 def _row(plan: Plan, tensor: TensorPlan, parts: tuple[PartDigest, ...], measures: Measures, alpha: float) -> TensorRow:
     elements = max(1, math.prod(tensor.shape))
     measured = tensor.rule == "combine" and plan.stats != "none"
-    full, moves = measured and plan.stats == "full", measured and tensor.target is not None
+    full, moves = measured and plan.stats == "full", measured and plan.operation != "extract"
     v_norm, t_norm = math.sqrt(measures.v_sq), math.sqrt(measures.t_sq)
     return TensorRow(
         name=tensor.name,

@@ -35,6 +35,11 @@ _WRAPPERS: Final = frozenset({"base_model", "model", "language_model", "module",
 _QUANTIFIERS: Final = re.compile(r"[*+?{]")
 
 
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a folder that was opened holds an adapter and no model."""
+    return "peft_type" in checkpoint.config
+
+
 class _Factors(NamedTuple):
     """Both factors of one weight, by the names of their tensors."""
 
@@ -163,6 +168,8 @@ def _low_rank(base: Checkpoint, weight: Tensor, adapter: Checkpoint, module: str
         what = f"says no rank of {rank} or no alpha for {module}"
         return Problem(f"{adapter.uri}/{ADAPTER_CONFIG}", what, "Save the adapter again.")
     source = base.source(weight)
+    if isinstance(source, LowRank):
+        return Problem(adapter.uri, f"has two adapters for {module}", "Save the adapter again.", pair.a)
     for dtype in (a.dtype, b.dtype, source.dtype):
         if dtype not in ARITHMETIC:
             what = f"has factors {a.dtype} and {b.dtype} for a base in {weight.dtype}; read are {', '.join(ARITHMETIC)}"
@@ -171,7 +178,6 @@ def _low_rank(base: Checkpoint, weight: Tensor, adapter: Checkpoint, module: str
         Operand(f"{adapter.uri}/{factor.file}", factor.start, factor.dtype)
         for factor in ((a, b) if is_transposed else (b, a))
     )
-    assert not isinstance(source, LowRank)
     rows, columns = weight.shape
     return LowRank(source, first, second, rank, rows, columns, scale, is_transposed)
 

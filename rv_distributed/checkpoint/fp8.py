@@ -1,5 +1,5 @@
-"""FP8 checkpoints with a scale for each block of a weight, as DeepSeek-V3 introduced them: a tensor ``NAME`` of F8_E4M3,
-a tensor ``NAME_scale_inv`` to multiply its blocks by, and the size of a block in config.json.
+"""FP8 checkpoints with a scale for each block of a weight, as DeepSeek-V3 introduced them: ``NAME`` in F8_E4M3,
+``NAME_scale_inv`` to multiply its blocks by, and the size of a block in config.json.
 
 Their other names and forms: Qwen3's scales are BF16 and not F32; those of DeepSeek-V3.1 are powers of 2 (``scale_fmt``
 ``ue8m0``), and may be stored as F8_E8M0; without a block size there is one scale for the whole tensor.

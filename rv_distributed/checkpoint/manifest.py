@@ -27,7 +27,7 @@ class InputEntry:
     """One checkpoint that was read."""
 
     role: str
-    """target, donor, reference or vector."""
+    """target, donor, reference or vector; or adapter, of the one before it."""
     uri: str
     fingerprint: str
     """See `Checkpoint.fingerprint`."""
@@ -281,7 +281,7 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
             "inputs": _array(
                 _object(
                     {
-                        "role": {"enum": ["target", "donor", "reference", "vector"]},
+                        "role": {"enum": ["target", "donor", "reference", "vector", "adapter"]},
                         "uri": _TEXT,
                         "fingerprint": {"type": "string", "pattern": "^blake3:[0-9a-f]{64}$"},
                         "revision": {"type": ["string", "null"]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ class Tensor(NamedTuple):
     """Byte offset in the file."""
     stop: int
     source: Source | None = None
-    """Where its elements come from, when that is not one range of a file of the checkpoint. Then ``file`` is the one that
-    tells where they are, and ``stop - start`` is how many bytes they take as they are stored."""
+    """Where its elements come from, when that is not one range of a file of the checkpoint. Then ``file`` is the one
+    that tells where they are, and ``stop - start`` is how many bytes they take as they are stored."""
 
     @property
     def elements(self) -> int:
@@ -100,3 +100,8 @@ class Checkpoint:
         for tensor in self.tensors.values():
             counts[tensor.dtype] += tensor.elements
         return dict(counts.most_common())
+
+
+def all_folders(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Checkpoints and their adapters."""
+    return [folder for checkpoint in checkpoints for folder in checkpoint.folders]

@@ -2,7 +2,7 @@
 
 A plan names sources; a worker asks each for the byte ranges behind some of its elements, reads them, and hands them to
 `rv_distributed.runtime.decoding`, which gives the elements back in the source's ``dtype``. Elements are counted in
-row-major order from the source's own first one, which is not always its tensor's: see `source_from`.
+row-major order from the source's own first one, which is not always its tensor's: see `shifted`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class Gathered(NamedTuple):
     first: int = 0
 
     def overlapping(self, first: int, count: int) -> list[tuple[Box, int, int]]:
-        """The boxes that hold some of the elements, each with the first of its own elements and the one past its last."""
+        """The boxes that hold some of the elements, each with the first of its own that is among them and the one past
+        the last."""
         start, stop = self.first + first, self.first + first + count
         found = ((box, box.before(start, self.shape), box.before(stop, self.shape)) for box in self.boxes)
         return [(box, low, high) for box, low, high in found if low < high]
@@ -168,8 +169,8 @@ class LowRank(NamedTuple):
         return found
 
     def factors(self) -> list[Operand]:
-        """What all elements need, and what is small enough to keep: the right factor, and the left one where its rows are
-        not contiguous."""
+        """What all elements need, and what is small enough to keep: the right factor, and the left one where its rows
+        are not contiguous."""
         return [self.left, self.right] if self.is_transposed else [self.right]
 
     @property
@@ -194,11 +195,11 @@ def path_of(source: Source, element: int) -> str:
     return ranges_of(source, element, 1)[0].path
 
 
-def source_from(source: Source, element: int) -> Source:
-    """The same source, counted from one of its elements."""
+def shifted(source: Source, elements: int) -> Source:
+    """The source whose element 0 is element ``elements`` of this one, which may be below 0: there is none then."""
     if isinstance(source, Operand):
-        return source._replace(offset=source.offset + element * item_bytes(source.dtype))
-    return source._replace(first=source.first + element)
+        return source._replace(offset=source.offset + elements * item_bytes(source.dtype))
+    return source._replace(first=source.first + elements)
 
 
 _Any = TypeVar("_Any", bound="Operand | BlockScaled | LowRank | Gathered")

@@ -11,6 +11,7 @@ from typing import Any
 
 from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest, Timings
+from rv_distributed.checkpoint.model import all_folders
 from rv_distributed.cli.effort import effort_document, effort_table
 from rv_distributed.cli.options import Common
 from rv_distributed.cli.progress import progress_display
@@ -58,7 +59,7 @@ def plan_summary(job: Job) -> str:
     if special := _arithmetic(job):
         rows.append(("arithmetic", special))
     for item in job.plan.inputs:
-        checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
+        checkpoint = next(c for c in all_folders(job.opened.values()) if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
     rows += [("output", f"{out}  (already complete)" if n in job.complete else out) for n, out in enumerate(job.outs)]

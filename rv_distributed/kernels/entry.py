@@ -1,7 +1,7 @@
 """How functions are compiled by Numba, and what becomes of the machine code.
 
-Numba's cache looks at the file that a function is in, and not at what it calls: all that an `Entry` calls has to stand in
-the file that it is in.
+Numba's cache looks at the file that a function is in, and not at what it calls: all that an `Entry` calls has to stand
+in the same file.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def _copy_runs(
 ) -> None:
     """Copy bytes ``low`` to ``high`` of a box, which are ``raw``, into a part of its tensor.
 
-    A box is runs of ``run`` bytes, one after another; a run has an index in each of its leading dimensions, whose
-    ``sizes`` (int64) and whose ``strides`` in the tensor, in bytes (int64), are given. ``place`` is where the box's first
-    byte lies, counted from the first of ``into``, and may be negative.
+    A box is runs of ``run`` bytes, one after another. A run has an index in each of its leading dimensions: ``sizes``
+    (int64) are theirs, ``strides`` (int64) those in the tensor, in bytes. ``place`` is where the box's first byte lies,
+    counted from the first of ``into``; it may be negative.
     """
     done = low
     while done < high:

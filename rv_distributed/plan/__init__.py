@@ -4,7 +4,7 @@ from rv_distributed.checkpoint.sources import Operand, Source
 from rv_distributed.plan.build import PlanOptions, make_plan
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, task_of
-from rv_distributed.plan.model import Piece, PieceTask, Plan, PlannedInput, ShardPlan, Span, TensorPlan
+from rv_distributed.plan.model import Piece, PieceTask, Plan, PlannedInput, Segment, ShardPlan, Span, TensorPlan
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -15,6 +15,7 @@ __all__ = [
     "Plan",
     "PlanOptions",
     "PlannedInput",
+    "Segment",
     "ShardPlan",
     "Source",
     "Span",

@@ -14,11 +14,11 @@ from typing import Final, NamedTuple, get_args
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
-from rv_distributed.checkpoint.sources import Operand
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
-from rv_distributed.plan.model import Plan, PlannedInput, Rule, TensorPlan, VectorOperand
+from rv_distributed.plan.model import Plan, PlannedInput, Rule, Segment, TensorPlan, VectorOperand
+from rv_distributed.plan.numbers import SAME, as_numbers, copied, difference, is_stored
 from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, Stats, as_float32
 
 _MAX_REPORTED: Final = 20
@@ -97,6 +97,9 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection.
     """
     alphas = tuple(tuple(_rounded(alpha, options.compute_dtype) for alpha in row) for row in recipe.alphas)
+    stored, opened = opened, dict(opened)
+    numbers, problems = as_numbers({name: opened[name] for name in recipe.inputs})
+    opened.update(numbers)
     pairs = [
         _Pair(number, opened[vector.plus], opened[vector.minus] if vector.minus is not None else None)
         for number, vector in ((number, recipe.vectors[number]) for number in recipe.used)
@@ -106,7 +109,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
 
     selects = options.selects if options.is_selective else None
-    problems = misfits([opened[name] for name in recipe.inputs], selects) if pairs else []
+    problems += misfits([stored[name] for name in recipe.inputs], selects) if pairs else []
     left_out = _only_elsewhere(frame, pairs)
     planned: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
     for name, tensor in frame.tensors.items():
@@ -115,7 +118,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
             left_out.append((name, why))
             continue
         dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
-        rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype else "cast"
+        rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype and is_stored(tensor) else "cast"
         planned.append((name, tensor, rule, dtype, operands, why))
     if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
         if options.is_selective:
@@ -143,8 +146,9 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         end = len(shard.header)
         for name, tensor, rule, dtype, operands, why in planned[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
-            target = None if extracting else _operand(frame, tensor)
-            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, target, operands, why))
+            target = None if extracting else copied(frame, tensor) if rule == "copy" else frame.source(tensor)
+            segment = Segment(end - start, target, operands)
+            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, (segment,), why))
     return Plan(
         operation=recipe.operation,
         inputs=_inputs(recipe, opened),
@@ -216,18 +220,18 @@ def _match(
                 problems.append(_cannot_compute(checkpoint.uri, name, other.dtype))
                 sound = False
         if sound:
-            minus_operand = _operand(pair.minus, minus) if pair.minus is not None and minus is not None else None
-            operands.append(VectorOperand(pair.vector, _operand(pair.plus, plus), minus_operand))
+            sources = [checkpoint.source(other) for checkpoint, other in present]
+            operand = difference(pair.vector, sources[0], sources[1] if len(sources) > 1 else None)
+            if operand is not None:
+                operands.append(operand)
+            else:
+                why = SAME
     return tuple(operands), "" if operands else why
 
 
 def _cannot_compute(where: str, name: str, dtype: str) -> Problem:
     what = f"is {dtype}; arithmetic is done on {', '.join(ARITHMETIC)}"
     return Problem(where, what, "Convert the checkpoint first, or leave the tensor out with --exclude.", name)
-
-
-def _operand(checkpoint: Checkpoint, tensor: Tensor) -> Operand:
-    return Operand(f"{checkpoint.uri}/{tensor.file}", tensor.start, tensor.dtype)
 
 
 def _only_elsewhere(frame: Checkpoint, pairs: Sequence[_Pair]) -> list[tuple[str, str]]:
@@ -254,13 +258,12 @@ def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> tuple[PlannedIn
             roles.append(("vector", vector.plus))
         else:
             roles += [("donor", vector.plus), ("reference", vector.minus)]
-    return tuple(
-        PlannedInput(
-            role,
-            opened[uri].uri,
-            opened[uri].fingerprint,
-            opened[uri].revision,
-            opened[uri].weight_files + (opened[uri].sidecars if number == 0 else ()),
-        )
-        for number, (role, uri) in enumerate(roles)
-    )
+    planned = []
+    for number, (role, name) in enumerate(roles):
+        for which, checkpoint in zip((role, "adapter"), opened[name].folders, strict=False):
+            files = checkpoint.weight_files
+            # Small files go with the output; of an adapter, one decides what is computed.
+            if number == 0 or which == "adapter":
+                files += checkpoint.sidecars
+            planned.append(PlannedInput(which, checkpoint.uri, checkpoint.fingerprint, checkpoint.revision, files))
+    return tuple(planned)

@@ -6,9 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
 from rv_distributed.checkpoint.header import HeaderEntry, build_header
 from rv_distributed.checkpoint.index import shard_name
-from rv_distributed.plan.model import Piece, PieceTask, Plan, ShardPlan, Span
+from rv_distributed.checkpoint.sources import Operand, Source, narrowed
+from rv_distributed.plan.model import Piece, PieceTask, Plan, Segment, ShardPlan, Span, TensorPlan, VectorOperand
 
 #: Borders between pieces are multiples of this in the output file, so no two workers touch one page.
 PIECE_ALIGNMENT: Final = 1 << 20
@@ -72,17 +74,27 @@ def _spans(plan: Plan, piece: Piece) -> Iterator[Span]:
     index = bisect_right(plan.tensors, piece.start, shard.first, end, key=lambda tensor: tensor.stop)
     while index < end and plan.tensors[index].start < piece.stop:
         tensor = plan.tensors[index]
-        start, stop = max(tensor.start, piece.start), min(tensor.stop, piece.stop)
-        if start < stop:
-            yield Span(
-                index,
-                tensor.name,
-                tensor.dtype,
-                start - tensor.start,
-                stop - tensor.start,
-                start,
-                tensor.rule,
-                tensor.target,
-                tensor.vectors,
-            )
+        start, last = max(piece.start - tensor.start, 0), min(piece.stop, tensor.stop) - tensor.start
+        for segment in tensor.segments:
+            stop, at = min(segment.stop, last), tensor.start + start
+            if start < stop:
+                target, vectors = _narrowed(tensor, segment, start, stop)
+                yield Span(index, tensor.name, tensor.dtype, start, stop, at, tensor.rule, target, vectors)
+                start = stop
         index += 1
+
+
+def _narrowed(
+    tensor: TensorPlan, segment: Segment, start: int, stop: int
+) -> tuple[Source | None, tuple[VectorOperand, ...]]:
+    """The operands of a segment, with no more in them than bytes ``start`` to ``stop`` of the tensor need."""
+    if all(isinstance(source, Operand) for source in segment.sources):
+        return segment.target, segment.vectors
+    item = item_bytes(tensor.dtype) if tensor.dtype in ARITHMETIC else 1
+    first, last = start // item, -(-stop // item)
+
+    def less(source: Source) -> Source:
+        return narrowed(source, first, last - first)
+
+    vectors = (VectorOperand(v.vector, less(v.plus), less(v.minus) if v.minus else None) for v in segment.vectors)
+    return less(segment.target) if segment.target else None, tuple(vectors)

@@ -21,6 +21,22 @@ class VectorOperand(NamedTuple):
     minus: Source | None
 
 
+class Segment(NamedTuple):
+    """Consecutive elements of an output's tensor that are made from the same operands."""
+
+    stop: int
+    """One past its last byte, counted in the tensor. It begins where the segment before it ends."""
+    target: Source | None
+    """None when a vector is extracted."""
+    vectors: tuple[VectorOperand, ...]
+    """Empty where no vector is added."""
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that it is made from."""
+        return _all_sources(self.target, self.vectors)
+
+
 class TensorPlan(NamedTuple):
     """How one tensor of the output is made, and where it lies."""
 
@@ -34,9 +50,10 @@ class TensorPlan(NamedTuple):
     """First byte, in the shard's file."""
     stop: int
     rule: Rule
-    """``combine``: arithmetic; ``cast``: the target rounded to another dtype; ``copy``: its bytes."""
-    target: Source | None
-    vectors: tuple[VectorOperand, ...]
+    """``combine``: arithmetic, in some segment at least; ``cast``: the target rounded to another dtype; ``copy``: its
+    bytes."""
+    segments: tuple[Segment, ...]
+    """One, where sources have the whole tensor as it is; else several, in order."""
     why: str
     """Why this rule, in words for the tables; empty for ``combine``."""
 
@@ -64,7 +81,7 @@ class Piece(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The part of one tensor that lies in a piece."""
+    """The part of one tensor's segment that lies in a piece."""
 
     tensor: int
     """Index into ``Plan.tensors``."""
@@ -80,6 +97,11 @@ class Span(NamedTuple):
     vectors: tuple[VectorOperand, ...]
 
 
+def _all_sources(target: Source | None, vectors: tuple[VectorOperand, ...]) -> list[Source]:
+    found = [target, *(source for vector in vectors for source in (vector.plus, vector.minus))]
+    return [source for source in found if source is not None]
+
+
 class PieceTask(NamedTuple):
     """All that a worker needs to make one piece; it knows nothing else of the plan."""
 
@@ -88,13 +110,22 @@ class PieceTask(NamedTuple):
     literal: bytes
     """Header bytes at the start of the piece; empty but in a shard's first pieces."""
     spans: tuple[Span, ...]
+    """In file order; those of one tensor follow each other."""
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """The tensors that lie in the piece, each with how many of its bytes do."""
+        parts: dict[int, int] = {}
+        for span in self.spans:
+            parts[span.tensor] = parts.get(span.tensor, 0) + span.stop - span.start
+        return list(parts.items())
 
 
 class PlannedInput(NamedTuple):
     """A checkpoint that the run reads, as it was when the plan was made."""
 
     role: str
-    """target, donor, reference or vector."""
+    """target, donor, reference or vector; or adapter, of the one before it."""
     uri: str
     fingerprint: str
     revision: str | None

@@ -105,9 +105,11 @@ class Arena:
         """The bytes of a range: of one of the chunk's reads, or else read into memory of their own."""
         key = (wanted.path, wanted.offset)
         number = bisect_right(self._reads, key, key=lambda read: (read.path, read.offset)) - 1
+        if number < 0:
+            return self._read_apart(wanted)
         read = self._reads[number]
         inside = wanted.offset - read.offset
-        if number < 0 or read.path != wanted.path or inside + wanted.nbytes > read.nbytes:
+        if read.path != wanted.path or inside + wanted.nbytes > read.nbytes:
             return self._read_apart(wanted)
         self.need(read.at + inside, wanted.nbytes)
         return self.array[read.at + inside : read.at + inside + wanted.nbytes]

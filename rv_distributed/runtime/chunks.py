@@ -68,11 +68,11 @@ class Chunk(NamedTuple):
     """Header bytes, at the window's start."""
     reads: tuple[Read, ...]
     """By path and offset, and so by place."""
-    decodings: tuple[Decoding, ...]
-    """By place."""
     parts: tuple[Part, ...]
     arena_bytes: int
     """Room that the reads and the decodings need."""
+    decodings: tuple[Decoding, ...] = ()
+    """By place."""
 
 
 def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:
@@ -101,7 +101,7 @@ def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:
             for draft in drafts
         )
         literal = task.literal[start - piece.start : stop - piece.start]
-        yield Chunk(start, stop, literal, tuple(reads), tuple(decodings), parts, arena_bytes)
+        yield Chunk(start, stop, literal, tuple(reads), parts, arena_bytes, tuple(decodings))
 
 
 #: The number of no operand.

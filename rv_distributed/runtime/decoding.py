@@ -28,8 +28,8 @@ from rv_distributed.runtime.buffers import Bytes
 F32 = npt.NDArray[np.float32]
 Fetch = Callable[[ByteRange], Bytes]
 
-_POWERS_OF_2 = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
-_POWERS_OF_2[255] = np.nan
+#: The numbers of F8_E8M0, by their bits.
+_POWERS_OF_2 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan))
 
 
 class Decoder:

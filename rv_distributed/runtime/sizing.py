@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.checkpoint.sources import LowRank, Operand, element_bytes
 from rv_distributed.errors import UsageError
-from rv_distributed.checkpoint.sources import LowRank, Operand, Source, element_bytes
-from rv_distributed.plan import Plan, TensorPlan
+from rv_distributed.plan import Plan, Segment, TensorPlan
 from rv_distributed.runtime.model import BLOCK_BYTES
 
 #: Large enough for full storage speed, small enough that many streams fit a small budget.
@@ -36,9 +36,10 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     Raises UsageError when not even one stream with the smallest chunks fits.
     """
     outputs = len(plan.alphas)
-    ratio = max((_arena_ratio(tensor) for tensor in plan.tensors), default=1.0)
+    segments = [(tensor, segment) for tensor in plan.tensors for segment in tensor.segments]
+    ratio = max((_arena_ratio(*of) for of in segments), default=1.0)
     scratch = _SCRATCH_BYTES * (1 + outputs)
-    scratch += max((_decoding_bytes(tensor) for tensor in plan.tensors), default=0)
+    scratch += max((_decoding_bytes(segment) for _, segment in segments), default=0)
     if plan.arithmetic.compute_dtype == "float64":
         # As many elements as a block of a 16-bit dtype has.
         scratch += (4 + 2 * outputs) * 8 * (BLOCK_BYTES // 2) + _TEMPORARY_BYTES
@@ -59,32 +60,32 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     return Sizing(streams, chunk, streams * stream_bytes(chunk))
 
 
-def _sources(tensor: TensorPlan) -> list[Source]:
-    found = [tensor.target, *(source for vector in tensor.vectors for source in (vector.plus, vector.minus))]
-    return [source for source in found if source is not None]
-
-
-def _arena_ratio(tensor: TensorPlan) -> float:
+def _arena_ratio(tensor: TensorPlan, segment: Segment) -> float:
     """Bytes of the arena that it takes for each byte written."""
     if tensor.rule == "copy":
-        return 1.0 if isinstance(tensor.target, Operand) else 2.0
-    return sum(element_bytes(source).held for source in _sources(tensor)) / item_bytes(tensor.dtype)
+        return 1.0 if isinstance(segment.target, Operand) else 2.0
+    return sum(element_bytes(source).held for source in segment.sources) / item_bytes(tensor.dtype)
 
 
-def _decoding_bytes(tensor: TensorPlan) -> int:
+def _decoding_bytes(segment: Segment) -> int:
     """What decoding takes beside the arena: factors, and temporaries of a block of 16-bit elements."""
-    sources = _sources(tensor)
-    kept = sum(source.kept_bytes for source in sources if isinstance(source, LowRank))
-    return kept + (0 if all(isinstance(source, Operand) for source in sources) else _DECODING_BYTES)
+    kept = sum(source.kept_bytes for source in segment.sources if isinstance(source, LowRank))
+    return kept + (0 if all(isinstance(source, Operand) for source in segment.sources) else _DECODING_BYTES)
 
 
 def bytes_to_read(plan: Plan) -> int:
     """Bytes of tensor data that a run of the whole plan reads; without scales and factors, which are few."""
-    return round(sum(map(_bytes_to_read, plan.tensors)))
+    total = 0
+    for tensor in plan.tensors:
+        start = 0
+        for segment in tensor.segments:
+            total += round((segment.stop - start) * _read_ratio(tensor, segment))
+            start = segment.stop
+    return total
 
 
-def _bytes_to_read(tensor: TensorPlan) -> float:
-    nbytes = tensor.stop - tensor.start
+def _read_ratio(tensor: TensorPlan, segment: Segment) -> float:
+    """Bytes read for each byte written."""
     if tensor.rule == "copy":
-        return nbytes
-    return nbytes / item_bytes(tensor.dtype) * sum(element_bytes(source).read for source in _sources(tensor))
+        return 1.0
+    return sum(element_bytes(source).read for source in segment.sources) / item_bytes(tensor.dtype)

@@ -14,7 +14,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from blake3 import blake3
@@ -92,8 +92,9 @@ class _Stream:
         self._computer = PartComputer(config, device)
 
     def make(self, task: PieceTask, worker: str) -> PieceResult:
-        hashers = [[blake3() for _ in task.spans] for _ in self._outs]
-        leaves: list[list[list[Leaf]]] = [[[] for _ in self._outs] for _ in task.spans]
+        tensors = [tensor for tensor, _ in task.parts]
+        hashers = {tensor: [blake3() for _ in self._outs] for tensor in tensors}
+        leaves: dict[int, list[list[Leaf]]] = {tensor: [[] for _ in self._outs] for tensor in tensors}
         compute_s = write_s = 0.0
         read_before, read_s_before = self._arena.bytes_read, self._arena.read_s
         writers: list[RangeWriter] = []
@@ -116,8 +117,8 @@ class _Stream:
                 writer.close()
         outputs = tuple(
             tuple(
-                SpanResult(span.tensor, hasher.hexdigest(), add_up(found[number]))
-                for span, hasher, found in zip(task.spans, hashers[number], leaves, strict=True)
+                SpanResult(tensor, hashers[tensor][number].hexdigest(), add_up(leaves[tensor][number]))
+                for tensor in tensors
             )
             for number in range(len(self._outs))
         )
@@ -128,18 +129,21 @@ class _Stream:
         return PieceResult(task.piece.number, outputs, bytes_read, bytes_written, waited, worker)
 
     def _compute(
-        self, task: PieceTask, chunk: Chunk, leaves: list[list[list[Leaf]]], hashers: Sequence[Sequence[blake3]]
+        self,
+        task: PieceTask,
+        chunk: Chunk,
+        leaves: Mapping[int, Sequence[list[Leaf]]],
+        hashers: Mapping[int, Sequence[blake3]],
     ) -> None:
-        """Fill the output buffers; ``leaves`` by span and output, ``hashers`` by output and span, take it in."""
+        """Fill the output buffers; ``leaves`` and ``hashers``, by tensor and output, take it in."""
         self._outs[:, : len(chunk.literal)] = np.frombuffer(chunk.literal, np.uint8)
         for part in chunk.parts:
-            for start, stop, found in self._computer.compute(
-                task.spans[part.span], part, self._arena, self._outs, chunk.start
-            ):
+            span = task.spans[part.span]
+            for start, stop, found in self._computer.compute(span, part, self._arena, self._outs, chunk.start):
                 for number, leaf in enumerate(found):
-                    leaves[part.span][number].append(leaf)
-                for out, of_spans in zip(self._outs, hashers, strict=True):
-                    of_spans[part.span].update(out[start:stop].data)
+                    leaves[span.tensor][number].append(leaf)
+                for out, hasher in zip(self._outs, hashers[span.tensor], strict=True):
+                    hasher.update(out[start:stop].data)
 
     def _write(self, task: PieceTask, writer: RangeWriter, out: Bytes, chunk: Chunk) -> None:
         try:

@@ -68,7 +68,7 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
 def _recipe_of(manifest: Manifest) -> Recipe:
     """The recipe that an output was made by. Raises UsageError when its inputs do not make one."""
     operation: Operation = manifest.operation  # type: ignore[assignment]  # checked when it was read
-    named = [(entry.role, entry.uri) for entry in manifest.inputs]
+    named = [(entries[0].role, _name(entries)) for entries in _grouped(manifest.inputs)]
     target = named.pop(0)[1] if named and named[0][0] == "target" else None
     vectors = []
     while named:
@@ -82,6 +82,22 @@ def _recipe_of(manifest: Manifest) -> Recipe:
     if (target is None) != (operation == "extract"):
         raise UsageError(f"the inputs are not those of {operation}")
     return Recipe(operation, target, tuple(vectors), (manifest.alphas if target is not None else (1.0,),))
+
+
+def _grouped(entries: Sequence[InputEntry]) -> list[list[InputEntry]]:
+    """The inputs, each with its adapter."""
+    groups: list[list[InputEntry]] = []
+    for entry in entries:
+        if entry.role == "adapter" and groups:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    return groups
+
+
+def _name(group: Sequence[InputEntry]) -> str:
+    """What a base and its adapter are opened as."""
+    return "+".join(entry.uri for entry in group)
 
 
 def _options_of(manifest: Manifest) -> PlanOptions:
@@ -99,19 +115,20 @@ def _options_of(manifest: Manifest) -> PlanOptions:
 
 
 def _open_inputs(entries: Sequence[InputEntry]) -> dict[str, Checkpoint]:
-    """The inputs by their paths. Raises InputError with all that are gone or were changed."""
+    """The inputs by their names. Raises InputError with all that are gone or were changed."""
     opened: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
-    for entry in {entry.uri: entry for entry in entries}.values():
+    for name, group in {_name(group): group for group in _grouped(entries)}.items():
         try:
-            opened[entry.uri] = open_checkpoint(entry.uri)
+            opened[name] = open_checkpoint(name)
         except InputError as error:
             problems += error.problems
             continue
-        if opened[entry.uri].fingerprint != entry.fingerprint:
-            what = f"has changed since the output was made of it ({entry.role}): its fingerprint is another"
-            remedy = "Put back what it was; without --against-inputs, verify needs no inputs."
-            problems.append(Problem(entry.uri, what, remedy))
+        for entry, folder in zip(group, opened[name].folders, strict=False):
+            if folder.fingerprint != entry.fingerprint:
+                what = f"has changed since the output was made of it ({entry.role}): its fingerprint is another"
+                remedy = "Put back what it was; without --against-inputs, verify needs no inputs."
+                problems.append(Problem(entry.uri, what, remedy))
     if problems:
         raise InputError(problems)
     return opened

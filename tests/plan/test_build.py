@@ -9,7 +9,7 @@ import pytest
 from reference import described
 
 from rv_distributed.errors import InputError, UsageError
-from rv_distributed.plan import Operand, Plan, PlanOptions, TensorPlan, make_plan
+from rv_distributed.plan import Operand, Plan, PlanOptions, Segment, TensorPlan, make_plan
 from rv_distributed.recipe import Recipe, Vector
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -42,6 +42,14 @@ def tensor_of(plan: Plan, name: str) -> TensorPlan:
     return next(tensor for tensor in plan.tensors if tensor.name == name)
 
 
+def segment_of(plan: Plan, name: str) -> Segment:
+    """The one segment of a tensor that is made alike throughout."""
+    tensor = tensor_of(plan, name)
+    (segment,) = tensor.segments
+    assert segment.stop == tensor.stop - tensor.start
+    return segment
+
+
 def without(tensors: Shapes, *names: str) -> Shapes:
     return {name: entry for name, entry in tensors.items() if name not in names}
 
@@ -61,7 +69,7 @@ def test_floats_are_combined_and_integers_copied_in_the_target_s_order() -> None
 def test_operands_are_where_each_checkpoint_has_the_tensor() -> None:
     donor: Shapes = {"half": ("F32", (3, 2)), "embed": ("F16", (8, 4))}
     plan = transfer(MODEL, donor, {"embed": ("BF16", (8, 4)), **donor})
-    embed = tensor_of(plan, "embed")
+    embed = segment_of(plan, "embed")
     assert embed.target == Operand("/t/model.safetensors", 8, "BF16")
     assert [(v.vector, v.plus, v.minus) for v in embed.vectors] == [
         (0, Operand("/a/model.safetensors", 8 + 24, "F16"), Operand("/b/model.safetensors", 8, "F16"))
@@ -79,7 +87,7 @@ def test_operands_are_where_each_checkpoint_has_the_tensor() -> None:
 def test_a_tensor_missing_from_the_vector_is_copied_and_says_why(donor: Shapes, reference: Shapes, why: str) -> None:
     plan = transfer(MODEL, donor, reference)
     assert rules(plan)["norm"] == ("copy", "F32", why)
-    assert tensor_of(plan, "norm").vectors == ()
+    assert segment_of(plan, "norm").vectors == ()
     assert plan.left_out == ()
 
 
@@ -122,7 +130,7 @@ def test_a_vector_with_alpha_zero_is_left_out_of_the_plan(alpha: float) -> None:
 def test_one_of_several_vectors_with_alpha_zero_keeps_the_others_numbers() -> None:
     opened = {"t": described("/t", MODEL), **{name: described(f"/{name}", MODEL) for name in "vwx"}}
     recipe = Recipe("apply", "t", (Vector("v"), Vector("w"), Vector("x")), ((0.5, 0.0, 2.0), (1.0, 0.0, 0.0)))
-    embed = tensor_of(make_plan(recipe, opened, PlanOptions()), "embed")
+    embed = segment_of(make_plan(recipe, opened, PlanOptions()), "embed")
     assert [(v.vector, v.plus.path, v.minus) for v in embed.vectors] == [
         (0, "/v/model.safetensors", None),
         (2, "/x/model.safetensors", None),
@@ -136,9 +144,9 @@ def test_a_tensor_that_one_of_two_vectors_lacks_gets_the_other() -> None:
         "w": described("/w", without(MODEL, "half")),
     }
     plan = make_plan(Recipe("apply", "t", (Vector("v"), Vector("w")), ((1.0, 1.0),)), opened, PlanOptions())
-    assert [v.vector for v in tensor_of(plan, "norm").vectors] == [1]
-    assert [v.vector for v in tensor_of(plan, "half").vectors] == [0]
-    assert [v.vector for v in tensor_of(plan, "embed").vectors] == [0, 1]
+    assert [v.vector for v in segment_of(plan, "norm").vectors] == [1]
+    assert [v.vector for v in segment_of(plan, "half").vectors] == [0]
+    assert [v.vector for v in segment_of(plan, "embed").vectors] == [0, 1]
 
 
 def test_alphas_are_rounded_to_float32() -> None:
@@ -231,7 +239,7 @@ def test_extract_keeps_floats_of_both_and_lists_what_it_drops() -> None:
         ("steps", "I64 is not a floating-point dtype"),
         ("yours", "only in /b"),
     ]
-    assert all(tensor.target is None for tensor in plan.tensors)
+    assert all(segment_of(plan, tensor.name).target is None for tensor in plan.tensors)
 
 
 @pytest.mark.parametrize(
