@@ -140,7 +140,11 @@ def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False) -> Checkpoin
         problems += _check_index(folder, weight_map, tensors)
     # An adapter that is opened as a model is said to be one where it is used as one.
     is_adapter = is_adapter or [file.name for file in shards] == [ADAPTER_WEIGHTS]
-    config = _read_json(folder, files, ADAPTER_CONFIG if is_adapter else "config.json", problems)
+    config_file = ADAPTER_CONFIG if is_adapter else "config.json"
+    config = _read_json(folder, files, config_file, problems)
+    if is_adapter and config is not None:
+        # It says by how much the factors' product counts.
+        digest.update(json.dumps(config, sort_keys=True).encode())
     manifest = _read_json(folder, files, MANIFEST_FILE, problems)
     if problems:
         raise InputError(problems)

@@ -40,6 +40,12 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
     return "peft_type" in checkpoint.config
 
 
+def ranks_of(adapter: Checkpoint) -> list[int]:
+    """The ranks of its weights, least first."""
+    factors = (tensor for name, tensor in adapter.tensors.items() if "lora_A" in name or "lora_embedding_A" in name)
+    return sorted({tensor.shape[0] for tensor in factors if tensor.shape})
+
+
 class _Factors(NamedTuple):
     """Both factors of one weight, by the names of their tensors."""
 

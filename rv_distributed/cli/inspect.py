@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json as jsonlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rv_distributed.checkpoint.adapter import is_adapter
+from rv_distributed.checkpoint.describe import decoding_of
 from rv_distributed.cli import options as opt
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import one_line
@@ -28,12 +31,23 @@ def inspect(
       rv inspect out --json
     """
     from rv_distributed.opening import open_checkpoint
+    from rv_distributed.plan import as_numbers
 
     opened = open_checkpoint(checkpoint)
-    say(jsonlib.dumps(_document(opened), indent=2) if json else _text(opened))
+    _, problems = as_numbers({"": opened})
+    opened = replace(opened, warnings=opened.warnings + tuple(map(str, problems)))
+    if json:
+        say(jsonlib.dumps(_document(opened), indent=2))
+    else:
+        say("\n\n".join(map(_text, opened.folders)))
 
 
 def _document(opened: Checkpoint) -> dict[str, Any]:
+    document = _document_of(opened)
+    return document if opened.adapter is None else {**document, "adapter": _document_of(opened.adapter)}
+
+
+def _document_of(opened: Checkpoint) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "uri": opened.uri,
@@ -42,6 +56,7 @@ def _document(opened: Checkpoint) -> dict[str, Any]:
         "parameters": opened.parameters,
         "bytes": opened.weight_bytes,
         "dtypes": opened.dtypes,
+        "decoding": decoding_of(opened) or None,
         "fingerprint": opened.fingerprint,
         "revision": opened.revision,
         "shards": [{"name": file.name, "bytes": file.size} for file in opened.weight_files],
@@ -59,12 +74,16 @@ def _text(opened: Checkpoint) -> str:
     architectures = opened.config.get("architectures")
     architecture = ", ".join(map(str, architectures)) if isinstance(architectures, list) else "unknown"
     dtypes = ", ".join(f"{name} {show_count(count)}" for name, count in opened.dtypes.items())
+    model = ("model", f"{architecture} ({opened.config.get('model_type', 'no model_type')})")
     rows = [
         ("checkpoint", opened.uri),
-        ("model", f"{architecture} ({opened.config.get('model_type', 'no model_type')})"),
+        ("adapter of", str(opened.config.get("base_model_name_or_path") or "not said"))
+        if is_adapter(opened)
+        else model,
         ("parameters", f"{show_count(opened.parameters)} in {len(opened.tensors)} tensors ({dtypes})"),
         ("weights", f"{show_bytes(opened.weight_bytes)} in {len(opened.weight_files)} files"),
         *(("", f"{file.name}  {show_bytes(file.size)}") for file in opened.weight_files),
+        *((("decoding", decoding),) if (decoding := decoding_of(opened)) else ()),
         ("sidecars", ", ".join(file.name for file in opened.sidecars) or "none"),
         ("fingerprint", opened.fingerprint),
     ]

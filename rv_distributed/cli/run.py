@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rv_distributed.bench import known_speed
+from rv_distributed.checkpoint.describe import decoding_of
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import all_folders
 from rv_distributed.cli.effort import effort_document, effort_table
@@ -62,6 +63,8 @@ def plan_summary(job: Job) -> str:
         checkpoint = next(c for c in all_folders(job.opened.values()) if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
+        if decoding := decoding_of(checkpoint):
+            rows.append(("", decoding))
     rows += [("output", f"{out}  (already complete)" if n in job.complete else out) for n, out in enumerate(job.outs)]
     shards, pieces, rooms = len(job.plan.shards), len(job.plan.pieces), job.rooms
     each = " each" if len(job.outs) > 1 else ""

@@ -5,6 +5,7 @@ from rv_distributed.plan.build import PlanOptions, make_plan
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, task_of
 from rv_distributed.plan.model import Piece, PieceTask, Plan, PlannedInput, Segment, ShardPlan, Span, TensorPlan
+from rv_distributed.plan.numbers import as_numbers
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "Span",
     "TensorPlan",
+    "as_numbers",
     "cut_pieces",
     "make_plan",
     "misfits",
