@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final
@@ -16,6 +17,8 @@ from typing import Any, Final
 from blake3 import blake3
 
 from rv_distributed.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rv_distributed.checkpoint.distributed import METADATA_FILE
+from rv_distributed.checkpoint.foreign import foreign, is_megatron
 from rv_distributed.checkpoint.header import (
     LENGTH_BYTES,
     Header,
@@ -28,6 +31,7 @@ from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
 from rv_distributed.checkpoint.sidecars import is_sidecar
 from rv_distributed.errors import InputError, Problem, UsageError
+from rv_distributed.opening_distributed import open_distributed
 from rv_distributed.storage import PosixFolder, open_folder
 from rv_distributed.storage.posix import is_text, same_bytes
 
@@ -112,16 +116,55 @@ def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False) -> Checkpoin
     ]
     problems += _unreachable(folder)
     warnings: list[str] = []
-    if is_adapter:
-        weight_map, shards = None, _adapter_weights(folder, files, problems)
+    digest = blake3()
+    has_shards = any(name.endswith(".safetensors") and "/" not in name for name in files)
+    if METADATA_FILE in files and not has_shards and not is_megatron(files) and not is_adapter:
+        distributed = open_distributed(folder, files, problems)
+        tensors, weight_files = distributed.tensors, distributed.files
+        digest.update(distributed.digest)
+        warnings += distributed.warnings
     else:
-        weight_map, shards = _choose_shards(folder, files, problems, warnings)
+        weight_map: dict[str, str] | None = None
+        if is_adapter:
+            weight_files = _adapter_weights(folder, files, problems)
+        else:
+            weight_map, weight_files = _choose_shards(folder, files, problems, warnings)
+        tensors = _load_shards(folder, weight_files, digest, problems)
+        if weight_map is not None and not problems:
+            problems += _check_index(folder, weight_map, tensors)
+    # An adapter that is opened as a model is said to be one where it is used as one.
+    is_adapter = is_adapter or [file.name for file in weight_files] == [ADAPTER_WEIGHTS]
+    config_file = ADAPTER_CONFIG if is_adapter else "config.json"
+    config = _read_json(folder, files, config_file, problems)
+    if is_adapter and config is not None:
+        # It says by how much the factors' product counts.
+        digest.update(json.dumps(config, sort_keys=True).encode())
+    manifest = _read_json(folder, files, MANIFEST_FILE, problems)
+    if problems:
+        raise InputError(problems)
+    revision = _SNAPSHOT.search(folder.uri)
+    return Checkpoint(
+        uri=folder.uri,
+        tensors=tensors,
+        weight_files=tuple(weight_files),
+        sidecars=tuple(file for name, file in files.items() if is_sidecar(name)),
+        config=config or {},
+        fingerprint="blake3:" + digest.hexdigest(),
+        revision=revision.group(1) if revision else None,
+        manifest=manifest,
+        warnings=tuple(warnings),
+    )
+
+
+def _load_shards(
+    folder: PosixFolder, shards: Sequence[FileState], digest: blake3, problems: list[Problem]
+) -> dict[str, Tensor]:
+    """The tensors of all shards; ``digest`` takes their headers in, and a sample of each."""
 
     def load(file: FileState) -> tuple[Header, int, bytes] | Problem:
         return _load_header(folder, file)
 
     tensors: dict[str, Tensor] = {}
-    digest = blake3()
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         for file, loaded in zip(shards, pool.map(load, shards), strict=True):
             if isinstance(loaded, Problem):
@@ -136,30 +179,7 @@ def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False) -> Checkpoin
                 tensors[name] = Tensor(
                     entry.dtype, entry.shape, file.name, data_start + entry.start, data_start + entry.stop
                 )
-    if weight_map is not None and not problems:
-        problems += _check_index(folder, weight_map, tensors)
-    # An adapter that is opened as a model is said to be one where it is used as one.
-    is_adapter = is_adapter or [file.name for file in shards] == [ADAPTER_WEIGHTS]
-    config_file = ADAPTER_CONFIG if is_adapter else "config.json"
-    config = _read_json(folder, files, config_file, problems)
-    if is_adapter and config is not None:
-        # It says by how much the factors' product counts.
-        digest.update(json.dumps(config, sort_keys=True).encode())
-    manifest = _read_json(folder, files, MANIFEST_FILE, problems)
-    if problems:
-        raise InputError(problems)
-    revision = _SNAPSHOT.search(folder.uri)
-    return Checkpoint(
-        uri=folder.uri,
-        tensors=tensors,
-        weight_files=tuple(shards),
-        sidecars=tuple(file for name, file in files.items() if is_sidecar(name)),
-        config=config or {},
-        fingerprint="blake3:" + digest.hexdigest(),
-        revision=revision.group(1) if revision else None,
-        manifest=manifest,
-        warnings=tuple(warnings),
-    )
+    return tensors
 
 
 def _choose_shards(
@@ -219,6 +239,10 @@ def _unreachable(folder: PosixFolder) -> list[Problem]:
 
 
 def _other_format(folder: PosixFolder, files: dict[str, FileState]) -> Problem:
+    known = foreign(files)
+    if known is not None:
+        remedy = known.remedy.replace("FOLDER", folder.uri)
+        return Problem(folder.uri, f"holds {known.kind} ({known.file}) and no safetensors files", remedy)
     for suffixes, kind, remedy in _OTHER_FORMATS:
         found = next((name for name in files if name.endswith(suffixes)), None)
         if found:

@@ -26,7 +26,7 @@ _DTYPE_FIELD: Final = re.compile(rb'("(?:torch_dtype|dtype)"\s*:\s*")(?:float32|
 def is_sidecar(name: str) -> bool:
     """Whether a file goes with the model into every output.
 
-    Left out: weights of any format and their indexes, version control and caches, and the files that an
+    Left out: weights of any format, their indexes and metadata, version control and caches, and the files that an
     output has of its own (model card, manifest, tables).
     """
     path = PurePosixPath(name)
@@ -34,7 +34,7 @@ def is_sidecar(name: str) -> bool:
         return False
     if path.suffix.lower() in _WEIGHT_SUFFIXES or name.endswith(".index.json"):
         return False
-    return name not in _OWN_NAMES and path.name not in {".gitattributes", ".gitignore"}
+    return name not in _OWN_NAMES and path.name not in {".gitattributes", ".gitignore", ".metadata"}
 
 
 def with_dtype(config: bytes, dtype: str) -> bytes:
