@@ -12,7 +12,7 @@ from blake3 import blake3
 from rv_distributed.plan import Plan
 
 #: Counts up when a change to this package changes the bytes or the records that a plan leads to.
-FORMAT = 2
+FORMAT = 3
 
 
 def identity_of(plan: Plan, output: int) -> dict[str, Any]:

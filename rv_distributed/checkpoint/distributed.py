@@ -69,6 +69,7 @@ _STORAGES: Final = {
     "BFloat16": "BF16",
     "Float": "F32",
     "Double": "F64",
+    "ComplexFloat": "C64",
 }
 _REBUILD: Final = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _ANY_STORAGE: Final = "any"

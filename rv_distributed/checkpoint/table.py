@@ -45,7 +45,7 @@ class TensorRow(NamedTuple):
     """BLAKE3 of its bytes when it has one part; else of the parts' concatenated raw digests."""
     parts: tuple[PartDigest, ...]
     rule: str
-    """combine, cast or copy."""
+    """combine, cast, copy, or scale for the scales of a tensor that was written as FP8 again."""
     why: str
     """Why it was not combined; else empty."""
     v_norm: float | None

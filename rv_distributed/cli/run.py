@@ -75,7 +75,7 @@ def plan_summary(job: Job) -> str:
         ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms) or "none needed"),
         ("runtime", _runtime(job)),
     ]
-    others = [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]
+    others = [tensor.name for tensor in job.plan.tensors if tensor.rule in ("cast", "copy")]
     if others:
         rows.insert(-3, ("", f"not computed: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"))
     if job.plan.left_out:
@@ -97,7 +97,7 @@ def _tensors(job: Job) -> str:
     text = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     reasons: dict[str, int] = {}
     for tensor in job.plan.tensors:
-        if tensor.why:
+        if tensor.why and tensor.rule != "scale":
             reasons[tensor.why] = reasons.get(tensor.why, 0) + 1
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
     return f"{text or 'none'} ({why})" if why else text
@@ -107,7 +107,12 @@ def _arithmetic(job: Job) -> str:
     """What is not the default of it."""
     dtype, rounding, seed = job.plan.arithmetic
     texts = [f"computed in {dtype}"] if dtype != "float32" else []
-    return ", ".join(texts + ([f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []))
+    texts += [f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []
+    again = [tensor.requantized for tensor in job.plan.tensors if tensor.requantized is not None]
+    if again:
+        high, wide = again[0].block
+        texts.append(f"{plural(len(again), 'tensor')} requantized to fp8 {high}×{wide} blocks, with new scales")
+    return ", ".join(texts)
 
 
 def _runtime(job: Job) -> str:
@@ -129,7 +134,9 @@ def plan_document(job: Job) -> dict[str, Any]:
         "options": dict(job.plan.options),
         "tensors": len(job.plan.tensors),
         "computed": sum(tensor.rule == "combine" for tensor in job.plan.tensors),
-        "copied": [{"tensor": t.name, "rule": t.rule, "why": t.why} for t in job.plan.tensors if t.rule != "combine"],
+        "copied": [
+            {"tensor": t.name, "rule": t.rule, "why": t.why} for t in job.plan.tensors if t.rule in ("cast", "copy")
+        ],
         "left_out": [{"tensor": name, "why": why} for name, why in job.plan.left_out],
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in job.plan.shards],
         "pieces": len(job.plan.pieces),

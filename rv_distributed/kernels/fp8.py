@@ -15,10 +15,7 @@ from rv_distributed.kernels.entry import PLAIN, Entry
 
 #: The largest number of E4M3.
 LARGEST: Final = 448.0
-#: A block whose largest magnitude is not above this is as good as zero: 448 divided by less would be no float32.
-_NEXT_TO_NOTHING: Final = 2.0**-100
-
-_U8, _U32 = np.uint8, np.uint32
+_U8, _U32, _I32 = np.uint8, np.uint32, np.int32
 _FLOAT = np.float32
 Array = Any
 
@@ -98,6 +95,28 @@ def _quantize_run(values: Array, forward: Any, scale: Any, into: Array, back: Ar
         back[i] = _FLOAT(_from_e4m3(found) * scale)
 
 
+@njit(**PLAIN)
+def _quantize_run_by_chance(values: Array, forward: Any, scale: Any, words: Array, into: Array, back: Array) -> None:
+    """As `_quantize_run`, stochastically: the method is that of `rv_distributed.kernels.rounding`."""
+    for i in range(values.size):
+        scaled = _FLOAT(values[i] * forward)
+        found = _to_e4m3(scaled)
+        magnitude = _FLOAT(abs(scaled))
+        if magnitude < _FLOAT(448.0):
+            # Neighbours are this power of 2 apart.
+            exponent = max(_I32(magnitude.view(_U32) >> _U32(23)) - _I32(127 + 3), _I32(-9))
+            units = _FLOAT(magnitude * _U32(_U32(127 - exponent) << _U32(23)).view(_FLOAT))
+            whole = _FLOAT(np.floor(units))
+            signed = _I32(_I32(words[i]) >> _I32(9))
+            uniform = _FLOAT(_FLOAT(_FLOAT(signed) * _FLOAT(2.0**-23)) + _FLOAT(0.5 + 2.0**-24))
+            if _FLOAT(units - whole) > uniform:
+                whole = _FLOAT(whole + _FLOAT(1.0))
+            # Their bits count up from 0 in units of the spacing, and on from each exponent's first.
+            found = _U8(_U8(found & _U8(0x80)) | _U8(_U32(whole) + _U32(_U32(exponent + 9) << _U32(3))))
+        into[i] = found
+        back[i] = _FLOAT(_from_e4m3(found) * scale)
+
+
 def _largest_of_blocks(values: Array, columns: int, wide: int, into: Array) -> None:
     """The largest finite magnitude of each block in a row of blocks (float32, whole rows)."""
     most = into.view(_U32)
@@ -108,16 +127,23 @@ def _largest_of_blocks(values: Array, columns: int, wide: int, into: Array) -> N
             most[number] = _U32(max(most[number], found))
 
 
-def _quantize(values: Array, forward: Array, scales: Array, columns: int, wide: int, into: Array, back: Array) -> None:
+def _quantize(
+    values: Array, forward: Array, scales: Array, columns: int, wide: int, words: Array, into: Array, back: Array
+) -> None:
     """A row of blocks as E4M3: ``values`` (float32) times ``forward`` of their block, rounded, into ``into`` (uint8).
 
-    ``back`` (float32) gets the same dequantized with ``scales``.
+    ``back`` (float32) gets the same dequantized with ``scales``. ``words`` (uint32) are those of stochastic rounding,
+    one for each value, or empty for rounding to nearest.
     """
     for start in range(0, values.size, columns):
         for number in range(scales.size):
             low = start + number * wide
             high = min(low + wide, start + columns)
-            _quantize_run(values[low:high], forward[number], scales[number], into[low:high], back[low:high])
+            run, made, again = values[low:high], into[low:high], back[low:high]
+            if words.size:
+                _quantize_run_by_chance(run, forward[number], scales[number], words[low:high], made, again)
+            else:
+                _quantize_run(run, forward[number], scales[number], made, again)
 
 
 dequantize: Final = Entry(_dequantize)

@@ -578,4 +578,10 @@ def _combine(
                 counts[k, INEXACT] += _count_inexact(d, o)
 
 
+def _noise(first: int, keys: Array, into: Array) -> None:
+    """The words of `_fill_noise`, for what is rounded elsewhere."""
+    _fill_noise(first, keys, into)
+
+
 combine: Final = Entry(_combine)
+noise: Final = Entry(_noise)

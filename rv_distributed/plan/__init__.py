@@ -4,8 +4,19 @@ from rv_distributed.checkpoint.sources import Operand, Source
 from rv_distributed.plan.build import PlanOptions, make_plan
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, task_of
-from rv_distributed.plan.model import Piece, PieceTask, Plan, PlannedInput, Segment, ShardPlan, Span, TensorPlan
+from rv_distributed.plan.model import (
+    Piece,
+    PieceTask,
+    Plan,
+    PlannedInput,
+    Requantized,
+    Segment,
+    ShardPlan,
+    Span,
+    TensorPlan,
+)
 from rv_distributed.plan.numbers import as_numbers
+from rv_distributed.plan.requantize import is_of_scales
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -16,6 +27,7 @@ __all__ = [
     "Plan",
     "PlanOptions",
     "PlannedInput",
+    "Requantized",
     "Segment",
     "ShardPlan",
     "Source",
@@ -23,6 +35,7 @@ __all__ = [
     "TensorPlan",
     "as_numbers",
     "cut_pieces",
+    "is_of_scales",
     "make_plan",
     "misfits",
     "task_of",

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, get_args
 
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
+from rv_distributed.checkpoint.fp8 import FP8, SCALES
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
+from rv_distributed.checkpoint.sources import BlockScaled
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
-from rv_distributed.plan.model import Plan, PlannedInput, Rule, Segment, TensorPlan, VectorOperand
+from rv_distributed.plan.model import Plan, PlannedInput, Requantized, Rule, Segment, TensorPlan, VectorOperand
 from rv_distributed.plan.numbers import SAME, as_numbers, copied, difference, is_stored
+from rv_distributed.plan.requantize import is_of_scales, requantized_tensors, with_places
 from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, Stats, as_float32
 
 _MAX_REPORTED: Final = 20
@@ -48,7 +51,12 @@ class PlanOptions:
     stats: Stats = "full"
     """What is measured of every tensor: see the README. It changes the table and the manifest, not the weights."""
 
+    requantize: bool = False
+    """Write the target's FP8 weights as FP8 again, with new scales; without it, they become bfloat16."""
+
     def __post_init__(self) -> None:
+        if self.requantize and self.dtype != "auto":
+            raise UsageError(f"--requantize writes the target's own dtypes: leave out --dtype {self.dtype}")
         if self.dtype != "auto" and self.dtype not in FROM_USER:
             raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(sorted(FROM_USER))}")
         if self.max_shard_bytes <= 0:
@@ -106,12 +114,20 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     ]
     frame = opened[recipe.frame]
     extracting = recipe.target is None
+    if extracting and options.requantize:
+        raise UsageError("--requantize is for models; a vector is stored in float32, or in another --dtype")
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
 
     selects = options.selects if options.is_selective else None
     problems += misfits([stored[name] for name in recipe.inputs], selects) if pairs else []
     left_out = _only_elsewhere(frame, pairs)
+    as_stored = stored[recipe.frame].tensors
+    again: dict[str, Requantized] = {}
+    if options.requantize:
+        again, wrong = requantized_tensors(stored[recipe.frame])
+        problems += wrong
     planned: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
+    scales: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
     for name, tensor in frame.tensors.items():
         operands, why = _match(frame, name, tensor, pairs, options, problems, extracting=extracting)
         if extracting and not operands:
@@ -119,7 +135,19 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
             continue
         dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
         rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype and is_stored(tensor) else "cast"
+        if name in again:
+            of_scales = as_stored[name + SCALES]
+            if not operands and isinstance(tensor.source, BlockScaled):
+                del again[name]
+                planned.append((name, as_stored[name], "copy", FP8, (), why))
+                planned.append((name + SCALES, of_scales, "copy", of_scales.dtype, (), why))
+                continue
+            dtype = FP8
+            scales.append((name + SCALES, of_scales, "scale", of_scales.dtype, (), "scales of requantized weights"))
         planned.append((name, tensor, rule, dtype, operands, why))
+    if again:
+        unscaled = (name for name in as_stored if name not in frame.tensors and not name.endswith(SCALES))
+        planned += [(n, as_stored[n], "copy", as_stored[n].dtype, (), "of quantized activations") for n in unscaled]
     if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
         if options.is_selective:
             raise UsageError("--include and --exclude leave no tensor to compute")
@@ -131,6 +159,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     if problems:
         raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))
 
+    planned += scales
     try:
         shards = lay_out(
             [
@@ -138,6 +167,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
                 for name, tensor, _, dtype, _, _ in planned
             ],
             options.max_shard_bytes,
+            apart=len(scales),
         )
     except HeaderError as error:
         raise UsageError(f"{error.what}; choose a smaller --max-shard-size") from None
@@ -147,17 +177,19 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         for name, tensor, rule, dtype, operands, why in planned[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
             target = None if extracting else copied(frame, tensor) if rule == "copy" else frame.source(tensor)
-            segment = Segment(end - start, target, operands)
-            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, (segment,), why))
+            segments = () if rule == "scale" else (Segment(end - start, target, operands),)
+            how = again.get(name)
+            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, segments, why, how))
     return Plan(
         operation=recipe.operation,
         inputs=_inputs(recipe, opened),
         alphas=alphas,
         arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed),
         stats=options.stats,
-        tensors=tuple(tensors),
+        tensors=with_places(tensors, [shard.name for shard in shards]),
         shards=shards,
-        pieces=cut_pieces([shard.size for shard in shards], options.piece_bytes),
+        # The shards of scales come out of the pieces of the others.
+        pieces=cut_pieces([0 if is_of_scales(shard, tensors) else shard.size for shard in shards], options.piece_bytes),
         left_out=tuple(left_out),
         options=(
             ("dtype", wanted),
@@ -168,6 +200,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
             ("seed", str(options.seed)),
             ("compute_dtype", options.compute_dtype),
             ("stats", options.stats),
+            ("requantize", "fp8" if options.requantize else ""),
         ),
     )
 

@@ -31,12 +31,18 @@ def group_into_shards(sizes: Sequence[int], max_bytes: int) -> list[int]:
     return counts or [0]
 
 
-def lay_out(entries: Sequence[tuple[str, str, tuple[int, ...], int]], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
-    """The shards for tensors given as (name, dtype, shape, bytes), in that order.
+def lay_out(
+    entries: Sequence[tuple[str, str, tuple[int, ...], int]], max_shard_bytes: int, *, apart: int = 0
+) -> tuple[ShardPlan, ...]:
+    """The shards for tensors given as (name, dtype, shape, bytes), in that order; the last ``apart`` of them get shards
+    of their own.
 
     Raises HeaderError when a shard's header would pass what the format allows.
     """
-    counts = group_into_shards([entry[3] for entry in entries], max_shard_bytes)
+    sizes = [entry[3] for entry in entries]
+    border = len(sizes) - apart
+    counts = group_into_shards(sizes[:border], max_shard_bytes)
+    counts += group_into_shards(sizes[border:], max_shard_bytes) if apart else []
     shards, first = [], 0
     for number, count in enumerate(counts, 1):
         header_entries, end = {}, 0
@@ -79,7 +85,8 @@ def _spans(plan: Plan, piece: Piece) -> Iterator[Span]:
             stop, at = min(segment.stop, last), tensor.start + start
             if start < stop:
                 target, vectors = _narrowed(tensor, segment, start, stop)
-                yield Span(index, tensor.name, tensor.dtype, start, stop, at, tensor.rule, target, vectors)
+                how = tensor.rule, target, vectors, tensor.requantized
+                yield Span(index, tensor.name, tensor.dtype, start, stop, at, *how)
                 start = stop
         index += 1
 
@@ -92,6 +99,8 @@ def _narrowed(
         return segment.target, segment.vectors
     item = item_bytes(tensor.dtype) if tensor.dtype in ARITHMETIC else 1
     first, last = start // item, -(-stop // item)
+    if tensor.requantized is not None:
+        first, last = tensor.requantized.band(first)[0], tensor.requantized.band(last - 1)[1]
 
     def less(source: Source) -> Source:
         return narrowed(source, first, last - first)

@@ -9,7 +9,49 @@ from rv_distributed.checkpoint.model import FileState
 from rv_distributed.checkpoint.sources import Source
 from rv_distributed.recipe import Arithmetic, Operation, Stats
 
-Rule = Literal["combine", "cast", "copy"]
+Rule = Literal["combine", "cast", "copy", "scale"]
+
+
+class Requantized(NamedTuple):
+    """How a tensor is written as FP8 again. It is a stack of matrices, and made a row of blocks at a time: a band. The
+    bands follow one another in its bytes, of which each is an element."""
+
+    rows: int
+    """Of one matrix."""
+    columns: int
+    block: tuple[int, int]
+    """Rows and columns of a block."""
+    scale_dtype: str
+    are_powers_of_2: bool
+    scales: int = -1
+    """Its scales: index into ``Plan.tensors``."""
+    scales_name: str = ""
+    scales_shard: str = ""
+    """The file that they lie in."""
+    scales_at: int = -1
+    """Where in it."""
+
+    @property
+    def across(self) -> int:
+        """Blocks of a band."""
+        return -(-self.columns // self.block[1])
+
+    @property
+    def band_bytes(self) -> int:
+        """Of the largest."""
+        return min(self.block[0], self.rows) * self.columns
+
+    def band(self, byte: int) -> tuple[int, int]:
+        """The first byte of the band that a byte lies in, and the one past its last."""
+        matrix, row = divmod(byte // self.columns, self.rows)
+        top = row // self.block[0] * self.block[0]
+        above = matrix * self.rows
+        return (above + top) * self.columns, (above + min(top + self.block[0], self.rows)) * self.columns
+
+    def number(self, byte: int) -> int:
+        """The number of that band, in the whole tensor."""
+        matrix, row = divmod(byte // self.columns, self.rows)
+        return matrix * -(-self.rows // self.block[0]) + row // self.block[0]
 
 
 class VectorOperand(NamedTuple):
@@ -51,11 +93,14 @@ class TensorPlan(NamedTuple):
     stop: int
     rule: Rule
     """``combine``: arithmetic, in some segment at least; ``cast``: the target rounded to another dtype; ``copy``: its
-    bytes."""
+    bytes; ``scale``: the scales of a requantized tensor, which come out of making that."""
     segments: tuple[Segment, ...]
-    """One, where sources have the whole tensor as it is; else several, in order."""
+    """One, where sources have the whole tensor as it is; else several, in order. A requantized
+    tensor's end where bands do. None for ``scale``."""
     why: str
     """Why this rule, in words for the tables; empty for ``combine``."""
+    requantized: Requantized | None = None
+    """None for a tensor whose dtype says all."""
 
 
 class ShardPlan(NamedTuple):
@@ -95,6 +140,7 @@ class Span(NamedTuple):
     rule: Rule
     target: Source | None
     vectors: tuple[VectorOperand, ...]
+    requantized: Requantized | None = None
 
 
 def _all_sources(target: Source | None, vectors: tuple[VectorOperand, ...]) -> list[Source]:

@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
 from rv_distributed.checkpoint.sources import ByteRange, Decoded, Operand, Source
-from rv_distributed.plan import PieceTask, Span
+from rv_distributed.measures import Leaf
+from rv_distributed.plan import PieceTask, Requantized, Span
 from rv_distributed.storage.ranges import ALIGNMENT, DIRECT_MIN_BYTES
 
 _SMALL_ALIGNMENT: Final = 64
@@ -57,6 +58,9 @@ class Part(NamedTuple):
     """The target's place in the arena; -1 without a target."""
     vectors: tuple[tuple[int, int], ...]
     """Places of each vector's two operands; -1 where there is none."""
+    carried: int = 0
+    """Bytes at its start that come out of the chunk before: the rest of a band of a requantized tensor, whose elements
+    are not among these."""
 
 
 class Chunk(NamedTuple):
@@ -73,6 +77,27 @@ class Chunk(NamedTuple):
     """Room that the reads and the decodings need."""
     decodings: tuple[Decoding, ...] = ()
     """By place."""
+
+
+class BandScales(NamedTuple):
+    """The scales of a row of blocks."""
+
+    band: int
+    """Its number in the tensor."""
+    raw: tuple[bytes, ...]
+    """By output, as they are stored."""
+
+
+class Computed(NamedTuple):
+    """A block that is finished."""
+
+    start: int
+    """Its first byte in the rows of the output buffers."""
+    stop: int
+    leaves: tuple[Leaf, ...]
+    """Its measures, by output; none where nothing is measured."""
+    scales: BandScales | None = None
+    """Those of a band of a requantized tensor, when it begins in the piece."""
 
 
 def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:
@@ -97,6 +122,7 @@ def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:
                 draft.elements,
                 places[draft.target],
                 tuple((places[plus], places[minus]) for plus, minus in draft.vectors),
+                draft.carried,
             )
             for draft in drafts
         )
@@ -135,14 +161,18 @@ class _Draft(NamedTuple):
     elements: int
     target: int
     vectors: tuple[tuple[int, int], ...]
+    carried: int
 
 
 def _draft(index: int, span: Span, low: int, high: int, wants: _Wants) -> _Draft:
     """The part of ``span`` in file bytes ``low`` to ``high``; adds what it needs."""
-    opaque = span.dtype not in ARITHMETIC
+    opaque = span.dtype not in ARITHMETIC and span.requantized is None
     item = 1 if opaque else item_bytes(span.dtype)
     first_byte = span.start + low - span.at
     first, last = first_byte // item, -(-(first_byte + high - low) // item)
+    carried = 0
+    if span.requantized is not None:
+        first, last, carried = _whole_bands(span.requantized, first, last, is_begun=first != span.start)
 
     def need(source: Source | None) -> int:
         if source is None:
@@ -151,9 +181,22 @@ def _draft(index: int, span: Span, low: int, high: int, wants: _Wants) -> _Draft
             source = source._replace(dtype="U8") if isinstance(source, Operand) else source
         return wants.add(source, first, last - first)
 
+    if first == last:
+        return _Draft(index, low, high, 0, first, 0, _NONE, ((_NONE, _NONE),) * len(span.vectors), carried)
     target = need(span.target)
     vectors = tuple((need(vector.plus), need(vector.minus)) for vector in span.vectors)
-    return _Draft(index, low, high, first_byte - first * item, first, last - first, target, vectors)
+    skip = first_byte + carried - first * item
+    return _Draft(index, low, high, skip, first, last - first, target, vectors, carried)
+
+
+def _whole_bands(how: Requantized, first: int, last: int, *, is_begun: bool) -> tuple[int, int, int]:
+    """The elements of the bands that some elements need, and how many of these have been made already: when the span
+    ``is_begun``, the first band that they are in the middle of was made for the chunk before."""
+    start, stop = how.band(first)
+    carried = 0
+    if is_begun and start < first:
+        start, carried = stop, min(stop, last) - first
+    return start, how.band(last - 1)[1] if start < last else start, carried
 
 
 def _place_all(wants: _Wants) -> tuple[list[Read], list[Decoding], dict[int, int], int]:

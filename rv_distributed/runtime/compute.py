@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
 from rv_distributed.checkpoint.sources import Source
-from rv_distributed.measures import Leaf, Measures
+from rv_distributed.measures import Measures
 from rv_distributed.plan import Span
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Bytes
-from rv_distributed.runtime.chunks import Part
+from rv_distributed.runtime.chunks import Computed, Part
 from rv_distributed.runtime.model import BLOCK_BYTES, WorkerConfig
+from rv_distributed.runtime.requantize import Requantizer
 
 #: A GPU wants few large launches, not blocks of a cache's size.
 _CUDA_BLOCK_BYTES: Final = 16 << 20
@@ -38,22 +39,13 @@ class Block(Protocol):
         ...
 
 
-class Computed(NamedTuple):
-    """A block that is finished."""
-
-    start: int
-    """Its first byte in the rows of the output buffers."""
-    stop: int
-    leaves: tuple[Leaf, ...]
-    """Its measures, by output; none where nothing is measured."""
-
-
 class PartComputer:
     """Computes parts for one stream. Belongs to one thread at a time."""
 
     def __init__(self, config: WorkerConfig, device: str) -> None:
         self._alphas = config.alphas
         self._block_bytes = BLOCK_BYTES if device == "cpu" else _CUDA_BLOCK_BYTES
+        self._requantizer = Requantizer(config)
         self._block = _choose_block(config, device, self._block_bytes)
 
     def compute(self, span: Span, part: Part, arena: Arena, outs: Bytes, start: int) -> Iterator[Computed]:
@@ -62,6 +54,10 @@ class PartComputer:
         Yields every block when it is finished. Blocks end at multiples of their size in the file, so they are
         the same however the file is cut into chunks and pieces.
         """
+        if span.requantized is not None:
+            arena.decoder.keep_only(_sources(span))
+            yield from self._requantizer.compute(span, span.requantized, part, arena, outs, start)
+            return
         if span.dtype not in ARITHMETIC:
             arena.need(part.target, part.nbytes)
             outs[:, part.at : part.at + part.nbytes] = arena.array[part.target : part.target + part.nbytes]

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from rv_distributed.errors import PieceError
-from rv_distributed.plan import PieceTask
+from rv_distributed.plan import PieceTask, Requantized
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Buffer
-from rv_distributed.runtime.chunks import Chunk, cut_chunks
+from rv_distributed.runtime.chunks import BandScales, Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
 from rv_distributed.runtime.model import WorkerConfig
 from rv_distributed.storage.ranges import ALIGNMENT, RangeReader
@@ -74,13 +74,25 @@ class _Stream:
             self._read_stored(task.shard_name, at, chunk.start, chunk.stop - chunk.start, names)
             self._made.view[: len(chunk.literal)] = chunk.literal
             self._arena.load(chunk, names)
+            scales: list[tuple[Requantized, BandScales]] = []
             with self._processor:
                 for part in chunk.parts:
-                    out = self._made.array[np.newaxis, :]
-                    for _ in self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start):
-                        pass
+                    span, out = task.spans[part.span], self._made.array[np.newaxis, :]
+                    computed = self._computer.compute(span, part, self._arena, out, chunk.start)
+                    of_part = [made.scales for made in computed if made.scales is not None]
+                    scales += [(span.requantized, found) for found in of_part if span.requantized is not None]
             found += self._differences(task, chunk, at)
+            found += (difference for of in scales for difference in self._scale_differences(*of))
         return found
+
+    def _scale_differences(self, how: Requantized, scales: BandScales) -> Iterator[Difference]:
+        made = np.frombuffer(scales.raw[0], np.uint8)
+        offset = how.scales_at + scales.band * made.size
+        self._read_stored(how.scales_shard, 0, offset, made.size, ())
+        wrong = np.flatnonzero(made != self._stored.array[: made.size])
+        if wrong.size:
+            start, stop = offset + int(wrong[0]), offset + int(wrong[-1]) + 1
+            yield Difference(how.scales_shard, how.scales_name, start, stop)
 
     def _read_stored(self, shard: str, at: int, offset: int, nbytes: int, names: tuple[str, ...]) -> None:
         path = f"{self._folder}/{shard}"

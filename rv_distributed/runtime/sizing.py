@@ -19,6 +19,12 @@ _SCRATCH_BYTES: Final = 128 << 10
 _TEMPORARY_BYTES: Final = 10 * BLOCK_BYTES
 #: Of a block that is decoded: its base in 16 bits and in 32, where an adapter has one, and the rows of a factor.
 _DECODING_BYTES: Final = 4 * BLOCK_BYTES
+#: Arrays of a band that is requantized, in the dtype of the arithmetic: t, d and two operands; for each output its sum
+#: and a product. Beside them, for each output what it is in FP8 and is read as; and random bits.
+_BAND_ARRAYS: Final = 4
+_BAND_ARRAYS_OF_OUTPUT: Final = 2
+_BAND_BYTES_OF_OUTPUT: Final = 5
+_BAND_RANDOM_BYTES: Final = 4
 
 
 class Sizing(NamedTuple):
@@ -43,6 +49,8 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int) -> Sizing:
     if plan.arithmetic.compute_dtype == "float64":
         # As many elements as a block of a 16-bit dtype has.
         scratch += (4 + 2 * outputs) * 8 * (BLOCK_BYTES // 2) + _TEMPORARY_BYTES
+
+    scratch += max((_band_bytes(plan, *of) for of in segments), default=0)
 
     def stream_bytes(chunk: int) -> int:
         return int(chunk * (ratio + outputs)) + scratch
@@ -71,6 +79,17 @@ def _decoding_bytes(segment: Segment) -> int:
     """What decoding takes beside the arena: factors, and temporaries of a block of 16-bit elements."""
     kept = sum(source.kept_bytes for source in segment.sources if isinstance(source, LowRank))
     return kept + (0 if all(isinstance(source, Operand) for source in segment.sources) else _DECODING_BYTES)
+
+
+def _band_bytes(plan: Plan, tensor: TensorPlan, segment: Segment) -> int:
+    """What a requantized tensor takes beside a chunk: the bands at its ends, as they are read, and a band's numbers."""
+    if tensor.requantized is None:
+        return 0
+    outputs = len(plan.alphas)
+    item = 8 if plan.arithmetic.compute_dtype == "float64" else 4
+    numbers = item * (_BAND_ARRAYS + _BAND_ARRAYS_OF_OUTPUT * outputs) + _BAND_BYTES_OF_OUTPUT * outputs
+    each = 2 * _arena_ratio(tensor, segment) + numbers + _BAND_RANDOM_BYTES
+    return int(tensor.requantized.band_bytes * each)
 
 
 def bytes_to_read(plan: Plan) -> int:

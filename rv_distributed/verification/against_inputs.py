@@ -111,6 +111,7 @@ def _options_of(manifest: Manifest) -> PlanOptions:
         rounding=recorded["rounding"],  # type: ignore[arg-type]  # checked by the options themselves
         seed=int(recorded["seed"]),
         compute_dtype=recorded["compute_dtype"],  # type: ignore[arg-type]  # likewise
+        requantize=bool(recorded["requantize"]),
     )
 
 
