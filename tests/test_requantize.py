@@ -30,7 +30,7 @@ from rv_distributed.checkpoint.table import TensorRow, read_table
 from rv_distributed.recipe import Recipe, Vector
 
 MIB = 1 << 20
-#: "big" is cut by borders of pieces and chunks in the midst of its rows of blocks; those of "wide" are longer than that.
+#: "big" is cut by borders of pieces and chunks, in its rows of blocks; those of "wide" are longer than a chunk.
 SHAPES = {"a": (256, 384), "b": (300, 200), "stack": (3, 130, 70), "big": (900, 1900), "wide": (140, 6000)}
 FP8 = [f"{name}.weight" for name in SHAPES]
 PLAIN = {"norm": ("F32", (77,)), "embed": ("BF16", (100, 30)), "steps": ("I64", (5,))}
@@ -279,7 +279,7 @@ def test_a_run_that_was_stopped_goes_on_and_keeps_the_scales(models: dict[str, M
         pass
 
     def stop(now: Any) -> None:
-        if now.pieces >= 3:
+        if now.pieces >= 1:
             raise Stop
 
     with pytest.raises(Stop):
@@ -287,7 +287,7 @@ def test_a_run_that_was_stopped_goes_on_and_keeps_the_scales(models: dict[str, M
     assert not (tmp_path / "out").exists()
     transfer(models, "F32", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "rv_manifest.json").read_text())
-    assert 3 <= manifest["timings"]["pieces_kept"] < manifest["timings"]["pieces"]
+    assert 1 <= manifest["timings"]["pieces_kept"] < manifest["timings"]["pieces"]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rv_distributed.kernels import fp8
+from rv_distributed.kernels import fp8, strips
 from rv_distributed.measures import Measures
 from rv_distributed.recipe import Stats
 
@@ -25,8 +25,6 @@ Bytes = npt.NDArray[np.uint8]
 SCALE_DTYPES: Final = ("F32", "BF16", "F8_E8M0")
 #: A block whose largest magnitude is not above this is as good as zero: 448 divided by less might be no float32.
 _NEXT_TO_NOTHING: Final = np.float32(2.0**-100)
-#: What is measured at a time, to keep temporaries small.
-_SLICE: Final = 1 << 16
 
 
 class Band(NamedTuple):
@@ -78,14 +76,7 @@ def _scales(most: F32, dtype: str, are_powers_of_2: bool) -> tuple[F32, F32, byt
 def measure(band: Band, t: F32, v: F32, alpha: float, stats: Stats) -> Measures:
     """The measures of a band, which was to be ``t + alpha·v``. Without steps: numbers with different scales have no
     places in one sequence."""
-    total = Measures()
-    for start in range(0, t.size, _SLICE):
-        part = slice(start, start + _SLICE)
-        total = total.plus(_measure(band.back[part], t[part], v[part], alpha, stats).moved(start))
-    return total
-
-
-def _measure(o: F32, t: F32, v: F32, alpha: float, stats: Stats) -> Measures:
+    o = band.back
     nan = np.isnan(o)
     found = Measures()
     if nan.any():
@@ -93,20 +84,17 @@ def _measure(o: F32, t: F32, v: F32, alpha: float, stats: Stats) -> Measures:
         found = Measures(nan=int(np.count_nonzero(nan)), first_nonfinite=int(np.argmax(nan)))
     if stats == "none":
         return found
-    with np.errstate(all="ignore"):
-        changed = (o != t) & ~(nan & np.isnan(t))
-        nonzero = v != 0
-        o64, t64, v64 = (values.astype(np.float64) for values in (o, t, v))
-        found = found._replace(
-            v_sq=float(v64 @ v64),
-            t_sq=float(t64 @ t64),
-            v_max=float(np.abs(v).max()),
-            nonzero=int(np.count_nonzero(nonzero)),
-            changed=int(np.count_nonzero(changed)),
-            absorbed=int(np.count_nonzero(nonzero & ~changed)) if alpha else 0,
-        )
-        if stats == "basic":
-            return found
-        moved = o64 - t64
-        error = moved - alpha * v64
-        return found._replace(v_t=float(v64 @ t64), moved_v=float(moved @ v64), error_sq=float(error @ error))
+    is_same = (o == t) | (nan & np.isnan(t))
+    moves = v != 0
+    sums = np.zeros(strips.SUMS)
+    strips.all_sums(t, v, o, alpha, sums)
+    v_sq, t_sq, v_t, moved_v, error_sq = sums.tolist()
+    found = found._replace(
+        v_sq=v_sq,
+        t_sq=t_sq,
+        v_max=float(np.abs(v).max()),
+        nonzero=int(np.count_nonzero(moves)),
+        changed=is_same.size - int(np.count_nonzero(is_same)),
+        absorbed=int(np.count_nonzero(is_same & moves)) if alpha else 0,
+    )
+    return found if stats == "basic" else found._replace(v_t=v_t, moved_v=moved_v, error_sq=error_sq)

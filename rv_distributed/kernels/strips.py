@@ -583,5 +583,13 @@ def _noise(first: int, keys: Array, into: Array) -> None:
     _fill_noise(first, keys, into)
 
 
+def _all_sums(t: Array, v: Array, out: Array, alpha: float, sums: Array) -> None:
+    """The sums of `_add_sums` over float32, for what is computed elsewhere."""
+    for first in range(0, v.size, STRIP):
+        last = min(first + STRIP, v.size)
+        _add_sums_f32(t[first:last], v[first:last], out[first:last], alpha, sums)
+
+
 combine: Final = Entry(_combine)
 noise: Final = Entry(_noise)
+all_sums: Final = Entry(_all_sums)

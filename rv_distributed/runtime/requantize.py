@@ -103,7 +103,7 @@ class Requantizer:
             v = (weighted[number] if self._config.weighted else d).astype(np.float32, copy=False)
             alpha = 1.0 if self._config.weighted else self._alpha(span, number)
             stats = self._config.stats if span.vectors else "none"
-            measures.append(bands.measure(band, of_t, v, alpha, stats).moved(first))
+            measures.append(bands.measure(band, of_t, v, float(alpha), stats).moved(first))
         return elements, tuple(measures), tuple(scales)
 
     def _alpha(self, span: Span, number: int) -> float:
