@@ -27,15 +27,19 @@ from rounding_reference import noise32
 
 import rv_distributed as rv
 from rv_distributed.checkpoint.table import TensorRow, read_table
+from rv_distributed.plan import task_of
 from rv_distributed.recipe import Recipe, Vector
+from rv_distributed.runtime.chunks import cut_chunks
+from rv_distributed.runtime.model import WorkerConfig
+from rv_distributed.runtime.recompute import recompute
 
 MIB = 1 << 20
 #: "big" is cut by borders of pieces and chunks, in its rows of blocks; those of "wide" are longer than a chunk.
-SHAPES = {"a": (256, 384), "b": (300, 200), "stack": (3, 130, 70), "big": (900, 1900), "wide": (140, 6000)}
+SHAPES = {"a": (256, 384), "b": (300, 200), "stack": (3, 130, 70), "big": (900, 1900), "wide": (140, 9000)}
 FP8 = [f"{name}.weight" for name in SHAPES]
 PLAIN = {"norm": ("F32", (77,)), "embed": ("BF16", (100, 30)), "steps": ("I64", (5,))}
 #: Small chunks, so that all of that happens.
-SMALL = rv.RunOptions(runtime="local", workers=1, memory_budget_bytes=90 * MIB)
+SMALL = rv.RunOptions(runtime="local", workers=1, memory_budget_bytes=84 * MIB)
 REQUANTIZE = rv.PlanOptions(requantize=True, piece_bytes=MIB, max_shard_bytes=3_000_000)
 
 
@@ -153,6 +157,17 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes() for path in out.iterdir() if path.name not in TIMED and path.name != "README.md"
     }
+
+
+def test_bands_are_cut_in_every_way(models: dict[str, Model], tmp_path: Path) -> None:
+    """Or the other tests would show nothing: by the border of a piece, by that of a chunk, and by two of those."""
+    job = rv.prepare(recipe(models), [str(tmp_path / "out")], REQUANTIZE, SMALL)
+    assert (job.sizing.streams, job.sizing.chunk_bytes) == (1, MIB // 2)
+    tasks = [task_of(job.plan, piece) for piece in job.plan.pieces]
+    parts = [part for task in tasks for chunk in cut_chunks(task, MIB // 2) for part in chunk.parts]
+    assert any(part.skip for part in parts)
+    assert any(0 < part.carried < part.nbytes for part in parts)
+    assert any(part.carried == part.nbytes for part in parts)
 
 
 def test_threads_chunks_and_pieces_make_no_difference(models: dict[str, Model], tmp_path: Path) -> None:
@@ -294,10 +309,6 @@ def test_a_run_that_was_stopped_goes_on_and_keeps_the_scales(models: dict[str, M
 @pytest.mark.parametrize("tensor", ["big.weight", "big.weight_scale_inv", "wide.weight_scale_inv"])
 def test_every_flipped_byte_is_found(models: dict[str, Model], tmp_path: Path, tensor: str) -> None:
     """By the digests; and, forged with them, against the inputs."""
-    from rv_distributed.plan import task_of
-    from rv_distributed.runtime.model import WorkerConfig
-    from rv_distributed.runtime.recompute import recompute
-
     out = tmp_path / "out"
     transfer(models, "F32", out)
     of = rv.open_checkpoint(out).tensors[tensor]
