@@ -29,6 +29,7 @@ from rv_distributed.units import plural
 _MAX_METADATA_BYTES: Final = 1_000_000_000
 _SAMPLE_BYTES: Final = 64 * 1024
 _PARALLEL_READS: Final = 16
+_MAX_REPORTED: Final = 20
 _SAVE_AGAIN: Final = "Save the checkpoint again, or convert it: transformers' save_pretrained writes safetensors."
 
 
@@ -68,13 +69,18 @@ def open_distributed(folder: PosixFolder, files: Mapping[str, FileState], proble
     def locate(part: tuple[str, SavedTensor, Record]) -> int | Problem:
         return _locate(folder, files, *part)
 
+    wrong: list[Problem] = []
     boxes: dict[str, list[Box]] = {name: [] for name in saved.tensors}
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         for (name, _, record), place in zip(parts, pool.map(locate, parts), strict=True):
             if isinstance(place, Problem):
-                problems.append(place)
+                wrong.append(place)
             else:
                 boxes[name].append(Box(folder.path(record.file), place, record.starts, record.sizes))
+    if len(wrong) > _MAX_REPORTED:
+        more = f"has {len(wrong) - _MAX_REPORTED} more parts with such problems"
+        wrong[_MAX_REPORTED:] = [Problem(where, more, "Correct the ones above first.")]
+    problems += wrong
     if problems:
         return found
     for name, tensor in saved.tensors.items():

@@ -113,6 +113,9 @@ def test_inspect_says_what_it_is(saved: Path) -> None:
     done = run_rv("inspect", saved / "mesh0")
     assert "decoding  7 tensors in up to 4 parts, gathered" in done.stdout
     assert "__3_0.distcp" in done.stdout
+    tensor = json.loads(run_rv("inspect", saved / "mesh0", "--json").stdout)["tensors"]["a"]
+    assert (tensor["file"], tensor["stop"]) == (".metadata", 300 * 401 * 2)
+    assert [(part["index"], part["shape"]) for part in tensor["parts"]][1] == ([0, 201], [150, 200])
     document = json.loads(run_rv("inspect", saved / "fsdp", "--json").stdout)
     assert document["bytes"] == sum(4 * math.prod(t["shape"]) for t in document["tensors"].values())
     assert sorted(document["tensors"]) == sorted(read_checkpoint(saved / "whole-fsdp"))
@@ -267,6 +270,14 @@ def info_of(metadata: Metadata, name: str = "model.w") -> Any:
 
 def chunk_of(metadata: Metadata) -> Any:
     return metadata.state_dict_metadata["model.w"].chunks[0]  # type: ignore[union-attr]
+
+
+def test_no_more_is_told_than_can_be_read(tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", {f"w{n}": torch.ones(2) for n in range(50)})
+    (folder / "__0_0.distcp").write_bytes(bytes((folder / "__0_0.distcp").stat().st_size))
+    told = refusal(folder, tmp_path)
+    assert "21 problems with the inputs" in told
+    assert "has 30 more parts with such problems" in told
 
 
 LIES: dict[str, tuple[Callable[[Metadata], object], str]] = {

@@ -17,7 +17,7 @@ from rv_distributed.errors import Problem
 FP8: Final = "F8_E4M3"
 #: What the name of a weight's scales has behind the weight's own.
 SCALES: Final = "_scale_inv"
-SCALE_DTYPES: Final = ("F32", "BF16", "F16", "F8_E8M0")
+_SCALE_DTYPES: Final = ("F32", "BF16", "F16", "F8_E8M0")
 _ACTIVATION_SCALES: Final = ("activation_scale", ".input_scale")
 _DOWNLOAD_AGAIN: Final = "Download the checkpoint again: its scales do not fit its weights."
 
@@ -85,8 +85,8 @@ def _block_scaled(checkpoint: Checkpoint, name: str, scheme: Fp8Scheme) -> Block
     weight, scales = checkpoint.tensors[name], checkpoint.tensors.get(name + SCALES)
     if scales is None:
         return Problem(checkpoint.uri, f"is {FP8} and has no scales, {name + SCALES}", _DOWNLOAD_AGAIN, name)
-    if weight.dtype != FP8 or scales.dtype not in SCALE_DTYPES:
-        what = f"is {weight.dtype} with scales in {scales.dtype}; read are {FP8} with {', '.join(SCALE_DTYPES)}"
+    if weight.dtype != FP8 or scales.dtype not in _SCALE_DTYPES:
+        what = f"is {weight.dtype} with scales in {scales.dtype}; read are {FP8} with {', '.join(_SCALE_DTYPES)}"
         return Problem(checkpoint.uri, what, "Give the model that it was made from, or dequantize it first.", name)
     if weight.source is not None or scales.source is not None:
         what = "is FP8 and lies in several parts, which is read of safetensors only"

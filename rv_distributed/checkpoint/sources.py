@@ -104,7 +104,7 @@ class Gathered(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-    """Without a 0."""
+    """Not empty, and without a 0."""
     boxes: tuple[Box, ...]
     first: int = 0
 
@@ -112,7 +112,10 @@ class Gathered(NamedTuple):
         """The boxes that hold some of the elements, each with the first of its own that is among them and the one past
         the last."""
         start, stop = self.first + first, self.first + first + count
-        found = ((box, box.before(start, self.shape), box.before(stop, self.shape)) for box in self.boxes)
+        row = math.prod(self.shape[1:])
+        top, bottom = start // row, (stop - 1) // row
+        near = (box for box in self.boxes if box.starts[0] <= bottom and box.starts[0] + box.sizes[0] > top)
+        found = ((box, box.before(start, self.shape), box.before(stop, self.shape)) for box in near)
         return [(box, low, high) for box, low, high in found if low < high]
 
     def ranges(self, first: int, count: int) -> list[ByteRange]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from rv_distributed.checkpoint.adapter import is_adapter
 from rv_distributed.checkpoint.describe import decoding_of
+from rv_distributed.checkpoint.sources import Gathered
 from rv_distributed.cli import options as opt
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import one_line
 from rv_distributed.units import show_bytes, show_count
 
 if TYPE_CHECKING:
-    from rv_distributed.checkpoint.model import Checkpoint
+    from rv_distributed.checkpoint.model import Checkpoint, Tensor
+
+_MAX_REPORTED: Final = 20
 
 
 def inspect(
@@ -35,7 +39,8 @@ def inspect(
 
     opened = open_checkpoint(checkpoint)
     _, problems = as_numbers({"": opened})
-    opened = replace(opened, warnings=opened.warnings + tuple(map(str, problems)))
+    told = [*map(str, problems[:_MAX_REPORTED]), *([f"… {len(problems)} of these"] * (len(problems) > _MAX_REPORTED))]
+    opened = replace(opened, warnings=(*opened.warnings, *told))
     if json:
         say(jsonlib.dumps(_document(opened), indent=2))
     else:
@@ -60,14 +65,22 @@ def _document_of(opened: Checkpoint) -> dict[str, Any]:
         "fingerprint": opened.fingerprint,
         "revision": opened.revision,
         "shards": [{"name": file.name, "bytes": file.size} for file in opened.weight_files],
-        "tensors": {
-            name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.file, "start": t.start, "stop": t.stop}
-            for name, t in opened.tensors.items()
-        },
+        "tensors": {name: _tensor(tensor) for name, tensor in opened.tensors.items()},
         "sidecars": [file.name for file in opened.sidecars],
         "warnings": list(opened.warnings),
         "manifest": opened.manifest,
     }
+
+
+def _tensor(tensor: Tensor) -> dict[str, Any]:
+    place = {"file": tensor.file, "start": tensor.start, "stop": tensor.stop}
+    document = {"dtype": tensor.dtype, "shape": list(tensor.shape), **place}
+    if isinstance(tensor.source, Gathered):
+        document["parts"] = [
+            {"file": os.path.basename(box.path), "start": box.offset, "index": box.starts, "shape": box.sizes}
+            for box in tensor.source.boxes
+        ]
+    return document
 
 
 def _text(opened: Checkpoint) -> str:

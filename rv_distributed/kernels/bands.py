@@ -21,8 +21,6 @@ F32 = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 Bytes = npt.NDArray[np.uint8]
 
-#: In which scales can be written.
-SCALE_DTYPES: Final = ("F32", "BF16", "F8_E8M0")
 #: A block whose largest magnitude is not above this is as good as zero: 448 divided by less might be no float32.
 _NEXT_TO_NOTHING: Final = np.float32(2.0**-100)
 
