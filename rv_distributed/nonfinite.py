@@ -47,7 +47,7 @@ def _sources(segment: Segment) -> Iterator[tuple[str, Source]]:
         yield "target", segment.target
     for vector in segment.vectors:
         if vector.minus is None:
-            yield "vector", vector.plus
+            yield "vector" if segment.target is not None else "model", vector.plus
         else:
             yield "donor", vector.plus
             yield "reference", vector.minus

@@ -31,7 +31,7 @@ from rv_distributed.outcome import oddities
 from rv_distributed.plan import task_of
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.runtime.chunks import cut_chunks
-from rv_distributed.runtime.model import WorkerConfig
+from rv_distributed.runtime.dry import dry_config
 from rv_distributed.runtime.recompute import recompute
 
 MIB = 1 << 20
@@ -328,7 +328,7 @@ def test_every_flipped_byte_is_found(models: dict[str, Model], tmp_path: Path, t
     assert (finding["file"], finding["tensor"]) == (of.file, tensor)
     job = rv.prepare(recipe(models), [str(tmp_path / "other")], REQUANTIZE, SMALL)
     plan = job.plan
-    config = WorkerConfig((str(out),), plan.alphas, "cpu", 1, 1, MIB, "none", plan.arithmetic)
+    config = dry_config(plan, output=str(out), stats="none")
     tasks = [task_of(plan, piece) for piece in plan.pieces]
     differences = [difference for found in recompute(tasks, config) for difference in found]
     assert [(d.shard, d.tensor, d.start, d.stop) for d in differences] == [(of.file, tensor, place, place + 1)]

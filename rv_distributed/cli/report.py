@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import os
 from typing import Annotated, Literal
 
 import typer
 
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
+from rv_distributed.cli.options import Json
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import OutputError, RunError, UsageError, one_line
 from rv_distributed.storage.publish import write_durably
@@ -23,6 +25,7 @@ def report(
         typer.Option(help="File to write, or - for stdout; NAME.report.html here if not given.", metavar="FILE"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    json: Json = False,
 ) -> None:
     """Report what an output is and what was realised of the vector, in one page that needs no network.
 
@@ -35,6 +38,8 @@ def report(
 
     name = os.path.basename(os.path.abspath(outs[0])) if len(outs) == 1 else "comparison"
     path = out if out is not None else f"{name}.report.{form}"
+    if path == "-" and json:
+        raise UsageError("--json and --out - would both write to stdout; name a file")
     if path != "-":
         _check_place(path, outs, overwrite=overwrite)
     text = make_report(outs, form)
@@ -45,7 +50,9 @@ def report(
         write_durably(path, text.encode())
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    say(one_line(os.path.abspath(path)))
+    path = os.path.abspath(path)
+    document = {"schema_version": 1, "status": "written", "path": path}
+    say(jsonlib.dumps(document, indent=2) if json else one_line(path))
 
 
 def _check_place(path: str, outs: list[str], *, overwrite: bool) -> None:

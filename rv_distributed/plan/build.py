@@ -22,7 +22,18 @@ from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces,
 from rv_distributed.plan.model import Plan, PlannedInput, Requantized, Rule, Segment, TensorPlan, VectorOperand
 from rv_distributed.plan.numbers import SAME, as_numbers, copied, difference, is_stored
 from rv_distributed.plan.requantize import is_of_scales, requantized_tensors, with_places
-from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, Stats, as_float32
+from rv_distributed.plan.weights import Weigher
+from rv_distributed.recipe import (
+    Arithmetic,
+    ByTensor,
+    ComputeDType,
+    Recipe,
+    Rounding,
+    Stats,
+    Weights,
+    check_pattern,
+    show_alpha,
+)
 
 _MAX_REPORTED: Final = 20
 
@@ -75,10 +86,7 @@ class PlanOptions:
         if self.seed and self.rounding != "stochastic":
             raise UsageError(f"--seed {self.seed} changes nothing without --rounding stochastic; give both or neither")
         for pattern in (self.include, self.exclude):
-            try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
+            check_pattern(pattern or "")
 
     @property
     def is_selective(self) -> bool:
@@ -89,6 +97,19 @@ class PlanOptions:
         return (self.include is None or re.search(self.include, name) is not None) and (
             self.exclude is None or re.search(self.exclude, name) is None
         )
+
+
+class _Draft(NamedTuple):
+    """A tensor of the output that has no place yet; see `TensorPlan`."""
+
+    name: str
+    tensor: Tensor
+    """Of the frame."""
+    rule: Rule
+    dtype: str
+    operands: tuple[VectorOperand, ...]
+    why: str
+    weights: tuple[Weights, ...]
 
 
 class _Pair(NamedTuple):
@@ -104,7 +125,6 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
     Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection.
     """
-    alphas = tuple(tuple(_rounded(alpha, options.compute_dtype) for alpha in row) for row in recipe.alphas)
     stored, opened = opened, dict(opened)
     numbers, problems = as_numbers({name: opened[name] for name in recipe.inputs})
     opened.update(numbers)
@@ -113,10 +133,11 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         for number, vector in ((number, recipe.vectors[number]) for number in recipe.used)
     ]
     frame = opened[recipe.frame]
-    extracting = recipe.target is None
+    extracting = recipe.operation == "extract"
     if extracting and options.requantize:
         raise UsageError("--requantize is for models; a vector is stored in float32, or in another --dtype")
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
+    weigher = Weigher(recipe, frame.tensors, options.compute_dtype)
 
     selects = options.selects if options.is_selective else None
     problems += misfits([stored[name] for name in recipe.inputs], selects) if pairs else []
@@ -126,29 +147,37 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     if options.requantize:
         again, wrong = requantized_tensors(stored[recipe.frame])
         problems += wrong
-    planned: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
-    scales: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
+    planned: list[_Draft] = []
+    scales: list[_Draft] = []
+    unweighted = weigher.of("", ())
     for name, tensor in frame.tensors.items():
-        operands, why = _match(frame, name, tensor, pairs, options, problems, extracting=extracting)
+        operands, why = _match(frame, name, tensor, pairs, options, problems, recipe)
         if extracting and not operands:
             left_out.append((name, why))
             continue
+        weights = weigher.of(name, [operand.vector for operand in operands])
+        if operands and recipe.target is not None and not any(of_output.moves for of_output in weights):
+            operands, why, weights = (), "alpha is 0", weigher.of(name, ())
         dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
         rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype and is_stored(tensor) else "cast"
         if name in again:
             of_scales = as_stored[name + SCALES]
             if not operands and isinstance(tensor.source, BlockScaled):
                 del again[name]
-                planned.append((name, as_stored[name], "copy", FP8, (), why))
-                planned.append((name + SCALES, of_scales, "copy", of_scales.dtype, (), why))
+                planned.append(_Draft(name, as_stored[name], "copy", FP8, (), why, weights))
+                planned.append(_Draft(name + SCALES, of_scales, "copy", of_scales.dtype, (), why, weights))
                 continue
-            dtype = FP8
-            scales.append((name + SCALES, of_scales, "scale", of_scales.dtype, (), "scales of requantized weights"))
-        planned.append((name, tensor, rule, dtype, operands, why))
+            dtype, why_scales = FP8, "scales of requantized weights"
+            scales.append(_Draft(name + SCALES, of_scales, "scale", of_scales.dtype, (), why_scales, unweighted))
+        planned.append(_Draft(name, tensor, rule, dtype, operands, why, weights))
     if again:
-        unscaled = (name for name in as_stored if name not in frame.tensors and not name.endswith(SCALES))
-        planned += [(n, as_stored[n], "copy", as_stored[n].dtype, (), "of quantized activations") for n in unscaled]
-    if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
+        why = "of quantized activations"
+        for name, tensor in as_stored.items():
+            if name not in frame.tensors and not name.endswith(SCALES):
+                planned.append(_Draft(name, tensor, "copy", tensor.dtype, (), why, unweighted))
+    if pairs and not any(draft.rule == "combine" for draft in planned) and not problems:
+        if any(draft.why == "alpha is 0" for draft in planned):
+            raise UsageError("the alphas are 0 for every tensor")
         if options.is_selective:
             raise UsageError("--include and --exclude leave no tensor to compute")
         others = dict.fromkeys(
@@ -162,10 +191,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     planned += scales
     try:
         shards = lay_out(
-            [
-                (name, dtype, tensor.shape, tensor_bytes(dtype, tensor.shape))
-                for name, tensor, _, dtype, _, _ in planned
-            ],
+            [(d.name, d.dtype, d.tensor.shape, tensor_bytes(d.dtype, d.tensor.shape)) for d in planned],
             options.max_shard_bytes,
             apart=len(scales),
         )
@@ -174,17 +200,18 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     tensors = []
     for index, shard in enumerate(shards):
         end = len(shard.header)
-        for name, tensor, rule, dtype, operands, why in planned[shard.first : shard.first + shard.length]:
+        for name, tensor, rule, dtype, operands, why, weights in planned[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
-            target = None if extracting else copied(frame, tensor) if rule == "copy" else frame.source(tensor)
-            segments = () if rule == "scale" else (Segment(end - start, target, operands),)
+            source = copied(frame, tensor) if rule == "copy" else frame.source(tensor)
+            segment = Segment(end - start, None if recipe.target is None and operands else source, operands, weights)
+            segments = () if rule == "scale" else (segment,)
             how = again.get(name)
-            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, segments, why, how))
+            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, segments, why, weights, how))
     return Plan(
         operation=recipe.operation,
         inputs=_inputs(recipe, opened),
-        alphas=alphas,
-        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed),
+        alphas=weigher.stated,
+        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed, recipe.order),
         stats=options.stats,
         tensors=with_places(tensors, [shard.name for shard in shards]),
         shards=shards,
@@ -201,14 +228,16 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
             ("compute_dtype", options.compute_dtype),
             ("stats", options.stats),
             ("requantize", "fp8" if options.requantize else ""),
+            *_sum_options(recipe),
         ),
     )
 
 
-def _rounded(alpha: float, dtype: ComputeDType) -> float:
-    """``alpha`` as the arithmetic uses it. One that is 0 in float32 is 0: `Recipe.used` goes by that."""
-    single = as_float32(alpha)
-    return alpha if dtype == "float64" and single else single
+def _sum_options(recipe: Recipe) -> list[tuple[str, str]]:
+    if recipe.order == "each":
+        return []
+    scale = "by tensor" if isinstance(recipe.scale, ByTensor) else show_alpha(recipe.scale)
+    return [("normalize", str(recipe.normalize).lower()), ("scale", scale)]
 
 
 def _match(
@@ -218,8 +247,7 @@ def _match(
     pairs: Sequence[_Pair],
     options: PlanOptions,
     problems: list[Problem],
-    *,
-    extracting: bool,
+    recipe: Recipe,
 ) -> tuple[tuple[VectorOperand, ...], str]:
     """The vectors' operands for one tensor of the frame, and why there are none, if so."""
     if not pairs:
@@ -233,6 +261,9 @@ def _match(
         if plus is None or (pair.minus is not None and minus is None):
             if plus is not None or minus is not None:
                 why = f"not in the {'donor' if plus is None else 'reference'}"
+            elif recipe.operation == "linear":
+                remedy = "Give models with the same tensors, or leave the tensor out with --exclude."
+                problems.append(Problem(pair.plus.uri, f"is not there, but in {frame.uri}", remedy, name))
             continue
         present = [(pair.plus, plus)] + ([(pair.minus, minus)] if pair.minus is not None and minus is not None else [])
         if not DTYPES[tensor.dtype].is_float:
@@ -244,7 +275,7 @@ def _match(
             blamed = True
         for checkpoint, other in present:
             if other.shape != tensor.shape:
-                against = "donor" if extracting else "target"
+                against = {"extract": "donor", "linear": "base"}.get(recipe.operation, "target")
                 what = f"has shape {list(other.shape)}, but {list(tensor.shape)} in the {against}"
                 remedy = "Check that the inputs are the same model, or leave the tensor out with --exclude."
                 problems.append(Problem(checkpoint.uri, what, remedy, name))
@@ -286,9 +317,10 @@ def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:
 
 def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> tuple[PlannedInput, ...]:
     roles = [("target", recipe.target)] if recipe.target is not None else []
+    roles += [("base", recipe.base)] if recipe.base is not None else []
     for vector in recipe.vectors:
         if vector.minus is None:
-            roles.append(("vector", vector.plus))
+            roles.append(("model" if recipe.operation == "linear" else "vector", vector.plus))
         else:
             roles += [("donor", vector.plus), ("reference", vector.minus)]
     planned = []

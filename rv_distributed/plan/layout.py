@@ -85,7 +85,7 @@ def _spans(plan: Plan, piece: Piece) -> Iterator[Span]:
             stop, at = min(segment.stop, last), tensor.start + start
             if start < stop:
                 target, vectors = _narrowed(tensor, segment, start, stop)
-                how = tensor.rule, target, vectors, tensor.requantized
+                how = tensor.rule, target, vectors, segment.weights, tensor.requantized
                 yield Span(index, tensor.name, tensor.dtype, start, stop, at, *how)
                 start = stop
         index += 1

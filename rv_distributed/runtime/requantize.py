@@ -7,7 +7,7 @@ middle of one, the rest is kept for the next chunk. Its scales are part of the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.checkpoint.sources import Source
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Requantized, Span
+from rv_distributed.recipe import Weights
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import BandScales, Computed, Part
@@ -32,7 +33,7 @@ class Requantizer:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._dtype = np.dtype(config.arithmetic.compute_dtype)
-        self._rest = np.empty((len(config.alphas), 0), np.uint8)
+        self._rest = np.empty((len(config.numbers), 0), np.uint8)
 
     def compute(
         self, span: Span, how: Requantized, part: Part, arena: Arena, outs: Bytes, start: int
@@ -78,36 +79,28 @@ class Requantizer:
             return widened(arena.array[low:high], source.dtype).astype(self._dtype, copy=False)
 
         first = part.first + done
+        weights = [span.weights[number] for number in self._config.numbers]
         t = values(part.target, span.target)
-        sums = [t] * len(self._config.alphas)
-        d, weighted = np.zeros_like(t), [np.zeros_like(t)] * len(sums)
+        d = np.zeros_like(t)
+        sums = _Sums(t, weights, self._config)
         with np.errstate(all="ignore"):
-            for vector, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True):
+            for number, (vector, (plus_at, minus_at)) in enumerate(zip(span.vectors, part.vectors, strict=True)):
                 d = values(plus_at, vector.plus) - values(minus_at, vector.minus)
-                for number, row in enumerate(self._config.alphas):
-                    if alpha := row[vector.vector]:
-                        product = d * self._dtype.type(alpha)
-                        sums[number] = sums[number] + product
-                        if self._config.weighted:
-                            weighted[number] = weighted[number] + product
-        words = self._words(span, first, count)
-        elements = np.empty((len(sums), count), np.uint8)
-        measures, scales = [], []
-        of_t = t.astype(np.float32, copy=False)
-        for number, total in enumerate(sums):
-            with np.errstate(over="ignore"):
-                of_total = total.astype(np.float32, copy=False)
-            band = bands.quantize(of_total, how.columns, how.block[1], how.scale_dtype, how.are_powers_of_2, words)
-            elements[number] = band.elements
-            scales.append(band.scales)
-            v = (weighted[number] if self._config.weighted else d).astype(np.float32, copy=False)
-            alpha = 1.0 if self._config.weighted else self._alpha(span, number)
-            stats = self._config.stats if span.vectors else "none"
-            measures.append(bands.measure(band, of_t, v, float(alpha), stats).moved(first))
+                sums.add(number, d)
+            totals, moved = sums.finished()
+            words = self._words(span, first, count)
+            elements = np.empty((len(weights), count), np.uint8)
+            measures, scales = [], []
+            for number, (total, of) in enumerate(zip(totals, weights, strict=True)):
+                of_total, of_t = (array.astype(np.float32, copy=False) for array in (total, t))
+                band = bands.quantize(of_total, how.columns, how.block[1], how.scale_dtype, how.are_powers_of_2, words)
+                elements[number] = band.elements
+                scales.append(band.scales)
+                v = (moved[number] if self._config.weighted else d).astype(np.float32, copy=False)
+                alpha = 1.0 if self._config.weighted or not of.alphas else of.alphas[0]
+                stats = self._config.stats if span.vectors else "none"
+                measures.append(bands.measure(band, of_t, v, alpha, stats).moved(first))
         return elements, tuple(measures), tuple(scales)
-
-    def _alpha(self, span: Span, number: int) -> float:
-        return self._config.alphas[number][span.vectors[0].vector] if span.vectors else 1.0
 
     def _words(self, span: Span, first: int, count: int) -> npt.NDArray[np.uint32]:
         """The random bits of some elements; none for rounding to nearest."""
@@ -120,3 +113,37 @@ class Requantizer:
         words = np.empty(count, np.uint32)
         strips.noise(first, word_keys(arithmetic.seed, span.name, first), words)
         return words
+
+
+class _Sums:
+    """The arithmetic of `rv_distributed.kernels.combine` over one band, in every output."""
+
+    def __init__(self, t: Floats, weights: Sequence[Weights], config: WorkerConfig) -> None:
+        self._t, self._weights, self._order = t, weights, config.arithmetic.order
+        self._weighted = config.weighted
+        zeros = np.zeros_like(t)
+        self._moved = [zeros] * len(weights)
+        self._totals = [t] * len(weights)
+
+    def add(self, number: int, d: Floats) -> None:
+        """Add vector ``number`` of the tensor."""
+        for output, of in enumerate(self._weights):
+            if alpha := of.alphas[number]:
+                moved = self._moved[output]
+                if self._order == "fused" and d.dtype == np.float32:
+                    # Float64 holds every product of two float32.
+                    self._moved[output] = (d.astype(np.float64) * alpha + moved).astype(np.float32)
+                    continue
+                product = d * d.dtype.type(alpha)
+                if self._weighted:
+                    self._moved[output] = moved + product
+                if self._order == "each":
+                    self._totals[output] = self._totals[output] + product
+
+    def finished(self) -> tuple[list[Floats], list[Floats]]:
+        """The sums with the target, and the vectors' alone where that is what is measured."""
+        if self._order == "each":
+            return self._totals, self._moved
+        kind = self._t.dtype.type
+        moved = [v / kind(of.divisor) * kind(of.scale) for v, of in zip(self._moved, self._weights, strict=True)]
+        return [self._t + v if of.moves else self._t for v, of in zip(moved, self._weights, strict=True)], moved

@@ -20,7 +20,8 @@ _TEMPORARY_BYTES: Final = 10 * BLOCK_BYTES
 #: Of a block that is decoded: its base in 16 bits and in 32, where an adapter has one, and the rows of a factor.
 _DECODING_BYTES: Final = 4 * BLOCK_BYTES
 #: Arrays of a band that is requantized, in the dtype of the arithmetic: t, d and two operands; for each output its sum
-#: and a product. Beside them, for each output what it is in FP8 and is read as; and random bits.
+#: and a product, and of weighted sums that of the vectors. Beside them, for each output what it is in FP8 and is read
+#: as; and random bits.
 _BAND_ARRAYS: Final = 4
 _BAND_ARRAYS_OF_OUTPUT: Final = 2
 _BAND_BYTES_OF_OUTPUT: Final = 5
@@ -87,7 +88,8 @@ def _band_bytes(plan: Plan, tensor: TensorPlan, segment: Segment) -> int:
         return 0
     outputs = len(plan.alphas)
     item = 8 if plan.arithmetic.compute_dtype == "float64" else 4
-    numbers = item * (_BAND_ARRAYS + _BAND_ARRAYS_OF_OUTPUT * outputs) + _BAND_BYTES_OF_OUTPUT * outputs
+    arrays = _BAND_ARRAYS + (_BAND_ARRAYS_OF_OUTPUT + plan.weighted) * outputs
+    numbers = item * arrays + _BAND_BYTES_OF_OUTPUT * outputs
     each = 2 * _arena_ratio(tensor, segment) + numbers + _BAND_RANDOM_BYTES
     return int(tensor.requantized.band_bytes * each)
 

@@ -32,6 +32,7 @@ from rv_distributed.checkpoint.sources import (
 )
 from rv_distributed.errors import PieceError
 from rv_distributed.plan import Piece, PieceTask, Span
+from rv_distributed.recipe import Weights
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.chunks import cut_chunks
 from rv_distributed.runtime.decoding import Decoder, element_of
@@ -173,7 +174,7 @@ def test_an_arena_decodes_each_element_once_and_keeps_the_factors(
         elements = math.prod(whole.shape)
         item = ITEM_BYTES[source.dtype]
         piece = Piece(0, 0, 0, elements * 4)
-        span = Span(0, "w", "F32", 0, elements * 4, 0, "cast", source, ())
+        span = Span(0, "w", "F32", 0, elements * 4, 0, "cast", source, (), (Weights(),))
         (chunk,) = cut_chunks(PieceTask(piece, "shard", b"", (span,)), 4 << 20)
         (part,) = chunk.parts
         (decoding,) = chunk.decodings
@@ -203,7 +204,7 @@ def test_an_arena_decodes_each_element_once_and_keeps_the_factors(
 def test_a_factor_that_cannot_be_read_is_named(made: list[tuple[str, Source, Raw]], tmp_path: Path) -> None:
     source = next(source for _, source, _ in made if isinstance(source, LowRank))
     gone = source._replace(right=source.right._replace(path=str(tmp_path / "gone")))
-    span = Span(0, "w", "F32", 0, 400, 0, "cast", gone, ())
+    span = Span(0, "w", "F32", 0, 400, 0, "cast", gone, (), (Weights(),))
     (chunk,) = cut_chunks(PieceTask(Piece(0, 0, 0, 400), "shard", b"", (span,)), 4 << 20)
     processor = threading.Semaphore(1)
     arena = Arena(4096, pinned=False, processor=processor)
