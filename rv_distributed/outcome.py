@@ -66,5 +66,5 @@ def _asked(manifest: Manifest) -> str:
     """What was to be realised; of several vectors, the one that is their sum."""
     if len(manifest.alphas) > 1 or manifest.operation == "task_arithmetic":
         return "the vectors' weighted sum, of alpha 1,"
-    mean = "a mean " if None in manifest.alphas else ""
-    return f"{mean}alpha {show_alpha(manifest.totals.alpha)}"
+    alpha = manifest.totals.alpha
+    return f"a mean alpha of {alpha:.4g}" if None in manifest.alphas else f"alpha {show_alpha(alpha)}"

@@ -281,6 +281,46 @@ def test_several_vectors_and_several_alphas(models: dict[str, Model], tmp_path: 
     assert (found["b.weight"].data, found["b.weight_scale_inv"].data) == (wanted[0].data, wanted[1].data)
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "task arithmetic": {
+        "operation": "task_arithmetic",
+        "vectors": [
+            {"vector": "one", "alpha": 0.5},
+            {"vector": "two", "alpha": [{"match": "^b", "alpha": 0.0}, {"alpha": 2.0}]},
+        ],
+        "normalize": True,
+        "scale": 0.75,
+    },
+    "apply by tensor": {"vectors": [{"vector": "one", "alpha": [{"match": "big", "alpha": 0.25}, {"alpha": -1.0}]}]},
+    "linear": {"vectors": [{"model": "F32", "alpha": 0.3}, {"model": "donor", "alpha": 0.7}], "target": None},
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_whatever_is_computed_fp8_is_what_float32_quantizes_to(
+    models: dict[str, Model], tmp_path: Path, case: str
+) -> None:
+    for name, of in (("one", "donor"), ("two", "reference")):
+        rv.extract(models[of].uri, models["F32"].uri, str(tmp_path / name), plan_options=rv.PlanOptions(include="^b"))
+    document = json.loads(json.dumps({"target": models["F32"].uri, **RECIPES[case]}))
+    document = {field: value for field, value in document.items() if value is not None}
+    for vector in document["vectors"]:
+        vector |= {"model": models[vector["model"]].uri} if "model" in vector else {}
+    for name, more in (("float32", {"dtype": "float32"}), ("fp8", {"requantize": True})):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**document, **more}))
+        done = run_rv("run", tmp_path / f"{name}.yaml", "--out", tmp_path / name, "--runtime", "local")
+        assert done.status == 0, done.stderr
+    whole, found = read_checkpoint(tmp_path / "float32"), read_checkpoint(tmp_path / "fp8")
+    touched = {"big.weight", "b.weight"} if case != "linear" else set(FP8)
+    for name in touched:
+        wanted = quantized(widen(whole[name]), whole[name].shape)
+        assert (found[name].data, found[f"{name}_scale_inv"].data) == (wanted[0].data, wanted[1].data), name
+    norms = [rows_of(tmp_path / out)["big.weight"].v_norm for out in ("fp8", "float32")]
+    assert norms[0] == pytest.approx(norms[1])
+    done = run_rv("verify", tmp_path / "fp8", "--against-inputs")
+    assert done.status == 0, done.stderr
+
+
 def test_tensors_that_get_no_vector_keep_their_bytes_and_scales(models: dict[str, Model], tmp_path: Path) -> None:
     options = rv.PlanOptions(requantize=True, include=r"^(big|norm)")
     found = transfer(models, "BF16", tmp_path / "out", plan_options=options)
