@@ -174,6 +174,15 @@ def test_a_target_in_parts_keeps_its_integers(saved: Path, tmp_path: Path) -> No
     assert {name: found[name] for name in whole} == whole
 
 
+def test_parts_are_compared_with_the_whole(saved: Path) -> None:
+    for a, b in (("mesh0", "mesh1"), ("mesh0", "whole"), ("whole", "mesh1")):
+        found = rv.diff(saved / a, saved / b)
+        assert not found.unlike + found.only_in_a + found.only_in_b
+        assert {tensor.name: tensor.sums.differing for tensor in found.tensors} == dict.fromkeys(
+            rv.open_checkpoint(saved / "whole").tensors, 0
+        )
+
+
 def test_a_part_that_changes_during_the_run_is_found_out(saved: Path, tmp_path: Path) -> None:
     from rv_distributed.errors import ChangedError
     from rv_distributed.recipe import Recipe, Vector

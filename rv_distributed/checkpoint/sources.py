@@ -34,6 +34,10 @@ class Operand(NamedTuple):
         item = item_bytes(self.dtype)
         return ByteRange(self.path, self.offset + first * item, count * item)
 
+    def as_bytes(self) -> Operand:
+        """The same with a byte as its element, for dtypes that are only copied."""
+        return self._replace(dtype="U8")
+
 
 class BlockScaled(NamedTuple):
     """FP8 elements, each to be multiplied by the scale of the block of its matrix that it lies in: ``RN32(q·s)``.

@@ -1,6 +1,7 @@
 """Decoding the elements of a source that do not lie in one range of a file: on the processor, whatever the device.
 
-An arena calls `Decoder.decode` for each block of such a source; `element_of` is for a single element.
+An arena calls `Decoder.decode` for each block of such a source; `read_source` and `element_of` are for those that
+look at a few elements and have no arena.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from rv_distributed.checkpoint.sources import (
     LowRank,
     Operand,
     Source,
-    ranges_of,
 )
 from rv_distributed.runtime.buffers import Bytes
 
@@ -149,17 +149,24 @@ def _runs(box: Box, shape: tuple[int, ...]) -> tuple[int, npt.NDArray[np.int64],
     return math.prod(box.sizes[leading:]), np.array(box.sizes[:leading], np.int64), strides[:leading], place
 
 
-def element_of(source: Source, index: int) -> float:
-    """One element, whose dtype is one that arithmetic reads. Raises OSError."""
+def read_source(source: Source, first: int, count: int) -> Bytes:
+    """The bytes of some elements, of the source's dtype. Raises OSError."""
 
     def read(wanted: ByteRange) -> Bytes:
         with open(wanted.path, "rb") as file:
             file.seek(wanted.offset)
-            return np.frombuffer(bytearray(file.read(wanted.nbytes)), np.uint8)
+            found = bytearray(file.read(wanted.nbytes))
+        if len(found) < wanted.nbytes:
+            raise OSError(f"{wanted.path} ends before byte {wanted.offset + wanted.nbytes}")
+        return np.frombuffer(found, np.uint8)
 
     if isinstance(source, Operand):
-        raw = read(ranges_of(source, index, 1)[0])
-    else:
-        raw = np.empty(item_bytes(source.dtype), np.uint8)
-        Decoder().decode(source, index, 1, read, raw)
-    return float(widened(raw, source.dtype)[0])
+        return read(source.range_of(first, count))
+    raw = np.empty(count * item_bytes(source.dtype), np.uint8)
+    Decoder().decode(source, first, count, read, raw)
+    return raw
+
+
+def element_of(source: Source, index: int) -> float:
+    """One element, whose dtype is one that arithmetic reads. Raises OSError."""
+    return float(widened(read_source(source, index, 1), source.dtype)[0])
