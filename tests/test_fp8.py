@@ -90,6 +90,17 @@ def test_every_mixture_of_fp8_and_bf16_is_right_to_the_bit(
     assert done.status == 0, done.stderr
 
 
+@pytest.mark.gpu
+def test_cuda_gives_the_bytes_of_the_cpu(models: dict[str, Model], tmp_path: Path) -> None:
+    inputs = [models["target"].fp8, models["donor"].fp8, models["reference"].bf16]
+    found = []
+    for device in ("cpu", "cuda"):
+        how = rv.RunOptions(runtime="local", device=device)
+        rv.transfer(inputs[0], inputs[1], inputs[2], str(tmp_path / device), alpha=0.7, run_options=how)
+        found.append(read_checkpoint(tmp_path / device))
+    assert_same(found[1], found[0])
+
+
 @pytest.mark.parametrize(("dtype", "name"), [("auto", "BF16"), ("float32", "F32"), ("float16", "F16")])
 def test_a_target_without_a_vector_is_dequantized(
     models: dict[str, Model], tmp_path: Path, dtype: str, name: str

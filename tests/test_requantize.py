@@ -321,6 +321,15 @@ def test_whatever_is_computed_fp8_is_what_float32_quantizes_to(
     assert done.status == 0, done.stderr
 
 
+@pytest.mark.gpu
+def test_beside_cuda_the_processor_quantizes_to_the_same_bytes(models: dict[str, Model], tmp_path: Path) -> None:
+    found = [
+        transfer(models, "F32", tmp_path / device, run_options=rv.RunOptions(runtime="local", device=device))
+        for device in ("cpu", "cuda")
+    ]
+    assert found[0] == found[1]
+
+
 def test_tensors_that_get_no_vector_keep_their_bytes_and_scales(models: dict[str, Model], tmp_path: Path) -> None:
     options = rv.PlanOptions(requantize=True, include=r"^(big|norm)")
     found = transfer(models, "BF16", tmp_path / "out", plan_options=options)
