@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from rv_distributed.checkpoint.dtypes import item_bytes
-from rv_distributed.checkpoint.sources import Source, path_of
+from rv_distributed.checkpoint.sources import path_of
 from rv_distributed.checkpoint.table import TensorRow
 from rv_distributed.errors import NonFiniteError, Problem
-from rv_distributed.plan import Plan, Segment
+from rv_distributed.plan import Plan
 from rv_distributed.runtime.decoding import element_of
 
 _MOST_SHOWN: Final = 20
@@ -35,19 +35,8 @@ def _problems(plan: Plan, out: str, rows: Iterable[TensorRow]) -> Iterator[Probl
         first = row.first_nonfinite
         at = first * item_bytes(tensor.dtype)
         segment = next(segment for segment in tensor.segments if at < segment.stop)
-        sources = [(role, source, element_of(source, first)) for role, source in _sources(segment)]
+        sources = [(role, source, element_of(source, first)) for role, source in segment.by_role]
         found = ", ".join(f"{role} {value}" for role, _, value in sources)
         where = next((path_of(source, first) for _, source, value in sources if not math.isfinite(value)), out)
         why = "" if where != out else f"; the sum is too large for {row.dtype}"
         yield Problem(where, f"{count}, the first at index {row.first_nonfinite} ({found}){why}", _REMEDY, row.name)
-
-
-def _sources(segment: Segment) -> Iterator[tuple[str, Source]]:
-    if segment.target is not None:
-        yield "target", segment.target
-    for vector in segment.vectors:
-        if vector.minus is None:
-            yield "vector" if segment.target is not None else "model", vector.plus
-        else:
-            yield "donor", vector.plus
-            yield "reference", vector.minus

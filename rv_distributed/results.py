@@ -85,6 +85,7 @@ def _row(plan: Plan, output: int, tensor: TensorPlan, parts: tuple[PartDigest, .
         parts=parts,
         rule=rule,
         why=why,
+        decoded=tensor.decoded,
         v_norm=v_norm if measured else None,
         t_norm=t_norm if moves else None,
         v_t_ratio=ratio(v_norm, t_norm) if moves else None,

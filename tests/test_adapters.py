@@ -23,6 +23,7 @@ from refusal import Done, run_rv
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import rv_distributed as rv
+from rv_distributed.checkpoint.table import read_table
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -311,6 +312,8 @@ def test_an_adapter_on_an_fp8_base(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", {"up": factors})
     write_checkpoint(tmp_path / "zero", {"up.weight": Raw("F32", (300, 200), bytes(240_000))})
     rv.extract(f"{base}+{adapter}", str(tmp_path / "zero"), str(tmp_path / "out"))
+    (row,) = read_table((tmp_path / "out" / "rv_tensors.parquet").read_bytes())
+    assert row.decoded == "donor lora of rank 3 on fp8 128×128"
     wanted = widen(dequantized(weight, scales)).reshape(300, 200) + delta(factors, 8 / 3)
     assert_same(read_checkpoint(tmp_path / "out"), {"up.weight": Raw("F32", (300, 200), wanted.tobytes())})
 

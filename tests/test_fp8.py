@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +86,9 @@ def test_every_mixture_of_fp8_and_bf16_is_right_to_the_bit(
         for name, raw in t.items()
     }
     assert_same(read_checkpoint(out), wanted)
+    decoded = {row.name: row.decoded for row in read_table((out / "rv_tensors.parquet").read_bytes())}
+    assert decoded["big.weight"] == ", ".join(f"{role} fp8 128×128" for role in compress(ROLES, fp8))
+    assert decoded["norm"] == ""
     done = run_rv("verify", out, "--against-inputs")
     assert done.status == 0, done.stderr
 

@@ -195,6 +195,18 @@ def ranges_of(source: Source, first: int, count: int) -> list[ByteRange]:
     return [source.range_of(first, count)] if isinstance(source, Operand) else source.ranges(first, count)
 
 
+def how_decoded(source: Source) -> str:
+    """How its elements are decoded, in words; empty where they only have to be read."""
+    if isinstance(source, BlockScaled):
+        return f"fp8 {source.block[0]}×{source.block[1]}"
+    if isinstance(source, Gathered):
+        return f"{len(source.boxes)} parts"
+    if isinstance(source, LowRank):
+        on = f" on {how}" if source.base is not None and (how := how_decoded(source.base)) else ""
+        return f"lora of rank {source.rank}{on}"
+    return ""
+
+
 def path_of(source: Source, element: int) -> str:
     """The file that an element lies in; of an adapted one, that of its base."""
     if isinstance(source, LowRank) and source.base is None:

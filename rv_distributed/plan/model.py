@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from rv_distributed.checkpoint.manifest import WITHOUT_TARGET
 from rv_distributed.checkpoint.model import FileState
-from rv_distributed.checkpoint.sources import Source
+from rv_distributed.checkpoint.sources import LowRank, Source, how_decoded
 from rv_distributed.recipe import Arithmetic, Operation, Stats, Weights
 
 Rule = Literal["combine", "cast", "copy", "scale"]
@@ -79,7 +79,20 @@ class Segment(NamedTuple):
     @property
     def sources(self) -> list[Source]:
         """All that it is made from."""
-        return _all_sources(self.target, self.vectors)
+        return [source for _, source in self.by_role]
+
+    @property
+    def by_role(self) -> list[tuple[str, Source]]:
+        """The same, each with what it is in the formula."""
+        found = [("target", self.target)]
+        for vector in self.vectors:
+            if vector.minus is None:
+                is_alone = isinstance(vector.plus, LowRank) and vector.plus.base is None
+                role = "adapter" if is_alone else "vector" if self.target is not None else "model"
+                found.append((role, vector.plus))
+            else:
+                found += [("donor", vector.plus), ("reference", vector.minus)]
+        return [(role, source) for role, source in found if source is not None]
 
 
 class TensorPlan(NamedTuple):
@@ -106,6 +119,13 @@ class TensorPlan(NamedTuple):
     """One an output. Of tensors with the same numbers, the same object."""
     requantized: Requantized | None = None
     """None for a tensor whose dtype says all."""
+
+    @property
+    def decoded(self) -> str:
+        """How its sources are decoded, in words for the tables; empty where they are only read."""
+        sources = (source for segment in self.segments for source in segment.by_role)
+        texts = (f"{role} {how}" for role, source in sources if (how := how_decoded(source)))
+        return ", ".join(dict.fromkeys(texts))
 
     def rule_in(self, output: int) -> tuple[Rule, str]:
         """The rule in one output, and why: where its alphas are 0 it gets the target, whatever the others get."""
@@ -154,11 +174,6 @@ class Span(NamedTuple):
     vectors: tuple[VectorOperand, ...]
     weights: tuple[Weights, ...]
     requantized: Requantized | None = None
-
-
-def _all_sources(target: Source | None, vectors: tuple[VectorOperand, ...]) -> list[Source]:
-    found = [target, *(source for vector in vectors for source in (vector.plus, vector.minus))]
-    return [source for source in found if source is not None]
 
 
 class PieceTask(NamedTuple):

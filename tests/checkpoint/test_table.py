@@ -26,6 +26,7 @@ COMBINED = TensorRow(
     parts=(PartDigest(4096, 4108, "cd" * 32), PartDigest(4108, 4120, "ef" * 32)),
     rule="combine",
     why="",
+    decoded="",
     v_norm=0.1,
     t_norm=1e-300,
     v_t_ratio=0.25,
