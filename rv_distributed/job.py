@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rv_distributed.checkpoint.manifest import Manifest, Timings
-from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.model import Checkpoint, all_folders
 from rv_distributed.checkpoint.pieces import PieceRow
 from rv_distributed.checkpoint.sidecars import sidecars_of
 from rv_distributed.errors import Cancelled, InputError, OutputError, PieceError, Problem, RunError, UsageError
@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
                 problems += error.problems
     complete = _complete(plan, outs, run_options) if plan is not None else {}
     unmade = [out for number, out in enumerate(outs) if number not in complete]
-    places = place_problems(unmade, opened.values(), overwrite=run_options.overwrite)
+    places = place_problems(unmade, all_folders(opened.values()), overwrite=run_options.overwrite)
     if problems or plan is None:
         raise InputError([*problems, *places])
     if places:
@@ -205,7 +205,7 @@ class Job:
         """The recipe file that makes one output again."""
         from rv_distributed.recipe_files.writing import recipe_text
 
-        uris = {name: checkpoint.uri for name, checkpoint in self.opened.items()}
+        uris = {name: checkpoint.name for name, checkpoint in self.opened.items()}
         return recipe_text(self.recipe, output, self.plan_options, uris)
 
     def check_space(self) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.checkpoint.sources import path_of
 from rv_distributed.checkpoint.table import TensorRow
 from rv_distributed.errors import NonFiniteError, Problem
-from rv_distributed.plan import Operand, Plan, Segment
+from rv_distributed.plan import Plan
+from rv_distributed.runtime.decoding import element_of
 
 _MOST_SHOWN: Final = 20
 _REMEDY: Final = "Repair the checkpoint; or run again with --allow-nonfinite, which publishes what is finished already."
@@ -31,33 +32,11 @@ def _problems(plan: Plan, out: str, rows: Iterable[TensorRow]) -> Iterator[Probl
         if row.first_nonfinite is None:
             continue
         count = f"{row.nan + row.infinite} of {math.prod(row.shape)} elements are NaN or infinite in {out}"
-        at = row.first_nonfinite * item_bytes(tensor.dtype)
+        first = row.first_nonfinite
+        at = first * item_bytes(tensor.dtype)
         segment = next(segment for segment in tensor.segments if at < segment.stop)
-        sources = [(role, operand, _element(operand, row.first_nonfinite)) for role, operand in _operands(segment)]
+        sources = [(role, source, element_of(source, first)) for role, source in segment.by_role]
         found = ", ".join(f"{role} {value}" for role, _, value in sources)
-        where = next((operand.path for _, operand, value in sources if not math.isfinite(value)), out)
+        where = next((path_of(source, first) for _, source, value in sources if not math.isfinite(value)), out)
         why = "" if where != out else f"; the sum is too large for {row.dtype}"
         yield Problem(where, f"{count}, the first at index {row.first_nonfinite} ({found}){why}", _REMEDY, row.name)
-
-
-def _operands(segment: Segment) -> Iterator[tuple[str, Operand]]:
-    if segment.target is not None:
-        yield "target", segment.target
-    for vector in segment.vectors:
-        if vector.minus is None:
-            yield "vector" if segment.target is not None else "model", vector.plus
-        else:
-            yield "donor", vector.plus
-            yield "reference", vector.minus
-
-
-def _element(operand: Operand, index: int) -> float:
-    """One element of a source tensor, of one of the dtypes that arithmetic reads. Raises OSError."""
-    width = item_bytes(operand.dtype)
-    with open(operand.path, "rb") as file:
-        file.seek(operand.offset + index * width)
-        raw = file.read(width)
-    if operand.dtype == "BF16":
-        raw = bytes(2) + raw
-    value: float = struct.unpack({"F16": "<e", "F64": "<d"}.get(operand.dtype, "<f"), raw)[0]
-    return value

@@ -54,7 +54,9 @@ def oddities(out: str, manifest: Manifest) -> list[str]:
     realised = totals.realised_alpha
     if realised is None or abs(realised - totals.alpha) <= _TOLERANCE * abs(totals.alpha):
         return []
-    remedy = "--dtype float32 keeps it"
+    remedy = (
+        "without --requantize there is less rounding" if manifest.options["requantize"] else "--dtype float32 keeps it"
+    )
     if manifest.options["rounding"] != "stochastic":
         remedy = f"--rounding stochastic realises it on average; {remedy}"
     return [f"{out}: rounding made of {_asked(manifest)} a realised alpha of {realised:.4g}. {remedy}."]
@@ -64,5 +66,5 @@ def _asked(manifest: Manifest) -> str:
     """What was to be realised; of several vectors, the one that is their sum."""
     if len(manifest.alphas) > 1 or manifest.operation == "task_arithmetic":
         return "the vectors' weighted sum, of alpha 1,"
-    mean = "a mean " if None in manifest.alphas else ""
-    return f"{mean}alpha {show_alpha(manifest.totals.alpha)}"
+    alpha = manifest.totals.alpha
+    return f"a mean alpha of {alpha:.4g}" if None in manifest.alphas else f"alpha {show_alpha(alpha)}"

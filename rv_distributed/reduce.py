@@ -8,6 +8,7 @@ everything and publishes it by one rename.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -16,6 +17,7 @@ from functools import cached_property
 from blake3 import blake3
 
 from rv_distributed.checkpoint.card import build_card, license_fields, metadata_of, model_name
+from rv_distributed.checkpoint.fp8 import fp8_scheme
 from rv_distributed.checkpoint.index import INDEX_FILE, build_index
 from rv_distributed.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -33,14 +35,14 @@ from rv_distributed.checkpoint.manifest import (
     Totals,
 )
 from rv_distributed.checkpoint.pieces import PieceRow, write_pieces
-from rv_distributed.checkpoint.sidecars import with_dtype
+from rv_distributed.checkpoint.sidecars import with_dtype, without_quantization
 from rv_distributed.checkpoint.table import TensorRow, shard_digest, write_table
 from rv_distributed.errors import ChangedError, RunError
 from rv_distributed.identity import identity_digest
 from rv_distributed.nonfinite import check_finite
-from rv_distributed.plan import Plan
+from rv_distributed.plan import Plan, is_of_scales
 from rv_distributed.recipe import show_alpha
-from rv_distributed.results import tensor_rows
+from rv_distributed.results import scale_bytes, tensor_rows
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging import Staging
 from rv_distributed.storage import open_folder
@@ -78,16 +80,19 @@ class Reducer:
         """
         check_unchanged(self._plan)
         rows, totals = self._results
+        self._write_scales()
         files = [self._write(TABLE_FILE, write_table(rows)), self._write(PIECES_FILE, write_pieces(pieces))]
         files.append(self._write(RECIPE_FILE, recipe.encode()))
         if len(self._plan.shards) > 1:
             weight_map = {row.name: row.shard for row in rows}
             files.append(self._write(INDEX_FILE, build_index(weight_map, self._plan.data_bytes)))
-        dtype = dict(self._plan.options)["dtype"]
+        dtype, requantizes = (dict(self._plan.options)[option] for option in ("dtype", "requantize"))
         for sidecar in self._plan.sidecars:
             data = open_folder(sidecar.uri).read(sidecar.name)
             if sidecar.name == "config.json" and dtype != "auto":
                 data = with_dtype(data, dtype)
+            if sidecar.name == "config.json" and not requantizes and fp8_scheme(json.loads(data)) is not None:
+                data = without_quantization(data)
             files.append(self._write(sidecar.name, data))
         manifest = Manifest(
             operation=self._plan.operation,
@@ -130,7 +135,21 @@ class Reducer:
         missing = len(self._plan.pieces) - len(self._pieces)
         if missing:
             raise RunError(f"{missing} of {len(self._plan.pieces)} pieces were never finished; run again to continue")
-        return tensor_rows(self._plan, self._output, self._pieces)
+        return tensor_rows(self._plan, self._output, self._pieces, self._scales)
+
+    @cached_property
+    def _scales(self) -> dict[int, bytes]:
+        return scale_bytes(self._plan, self._pieces)
+
+    def _write_scales(self) -> None:
+        """Write the shards that hold the scales of requantized tensors."""
+        for shard in self._plan.shards:
+            if is_of_scales(shard, self._plan.tensors):
+                path = os.path.join(self._staging.folder, shard.name)
+                with naming(path), open(path, "wb", opener=create) as file:
+                    file.write(shard.header)
+                    for number in range(shard.first, shard.first + shard.length):
+                        file.write(self._scales.get(number, b""))
 
     def _shards(self, rows: list[TensorRow]) -> tuple[ShardEntry, ...]:
         entries = []

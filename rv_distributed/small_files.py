@@ -56,7 +56,7 @@ def tie_warnings(folder: PosixFolder, config: Mapping[str, Any], tensors: Mappin
     if len(found) != 2:
         return
     (name, one), (other_name, other) = found
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or one.source is not None or other.source is not None:
         return
     for number in range(_SAMPLES):
         at = (one.stop - one.start) * number // _SAMPLES

@@ -159,8 +159,8 @@ class Staging:
                 yield (
                     number,
                     tuple(
-                        SpanResult(tensor, digest, Measures._make([*numbers, tuple(ulps)]))
-                        for tensor, digest, (*numbers, ulps) in spans
+                        SpanResult(tensor, digest, Measures._make([*numbers, tuple(ulps)]), scales)
+                        for tensor, digest, (*numbers, ulps), scales in spans
                     ),
                 )
 

@@ -18,7 +18,7 @@ TABLE_FILE: Final = "rv_tensors.parquet"
 PIECES_FILE: Final = "rv_pieces.parquet"
 RECIPE_FILE: Final = "rv_recipe.yaml"
 SCHEMA_VERSION: Final = 1
-ROLES: Final = ("target", "donor", "reference", "vector", "model", "base")
+ROLES: Final = ("target", "donor", "reference", "vector", "model", "base", "adapter")
 OPERATIONS: Final = ("extract", "apply", "transfer", "task_arithmetic", "linear")
 #: Their outputs are not a target and what was added to it.
 WITHOUT_TARGET: Final = ("extract", "linear")
@@ -31,7 +31,7 @@ class InputEntry:
     """One checkpoint that was read."""
 
     role: str
-    """target, donor, reference, vector, model or base."""
+    """target, donor, reference, vector, model or base; or adapter, of the one before it."""
     uri: str
     fingerprint: str
     """See `Checkpoint.fingerprint`."""

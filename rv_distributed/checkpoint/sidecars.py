@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 from rv_distributed.checkpoint.model import Checkpoint, FileState
 
@@ -27,14 +28,18 @@ _TRAINING_LOG: Final = re.compile(
     r"(?:.*/)?(?:(?:runs|wandb|mlruns|tensorboard|swanlog|logs)/.*|events\.out\.tfevents\.[^/]*|[^/]*\.log"
     r"|trainer_log\.jsonl|training_[^/]*\.png|(?:all|train|eval|test|predict)_results\.json)"
 )
+_QUANTIZATION_KEY: Final = "quantization_config"
+_QUANTIZATION: Final = re.compile(rf'"{_QUANTIZATION_KEY}"\s*:\s*')
+_COMMA: Final = re.compile(r"\s*,\s*")
+_DECODER: Final = json.JSONDecoder()
 _DTYPE_FIELD: Final = re.compile(rb'("(?:torch_dtype|dtype)"\s*:\s*")(?:float32|bfloat16|float16)(")')
 
 
 def why_left_out(name: str) -> str:
     """Why a file does not go with the model into every output; empty when it does.
 
-    Left out: weights of any format and their indexes, what training needs or tells, version control and caches, and
-    the files that an output has of its own (model card, manifest, tables).
+    Left out: weights of any format, their indexes and metadata, what training needs or tells, version control and
+    caches, and the files that an output has of its own (model card, manifest, tables).
     """
     path = PurePosixPath(name)
     if name in _OWN_NAMES:
@@ -45,7 +50,8 @@ def why_left_out(name: str) -> str:
         return "training state"
     if _TRAINING_LOG.fullmatch(name):
         return "training log"
-    if path.suffix.lower() in _WEIGHT_SUFFIXES or name.endswith(".index.json"):
+    is_weights = path.suffix.lower() in _WEIGHT_SUFFIXES or path.name == ".metadata"
+    if is_weights or name.endswith(".index.json"):
         return "weights"
     return ""
 
@@ -66,3 +72,29 @@ def _describes_tensors(name: str) -> bool:
 def with_dtype(config: bytes, dtype: str) -> bytes:
     """config.json with its dtype fields set to ``dtype`` and every other byte as it was."""
     return _DTYPE_FIELD.sub(rb"\g<1>" + dtype.encode() + rb"\g<2>", config)
+
+
+def without_quantization(config: bytes) -> bytes:
+    """config.json without its ``quantization_config``, wherever that stands, and every other byte as it was.
+
+    Where the text is too odd for that, the same document is written anew.
+    """
+    text = config.decode("utf-8-sig")
+    wanted = _without_quantization(json.loads(text))
+    try:
+        for found in reversed(list(_QUANTIZATION.finditer(text))):
+            before, (_, end) = text[: found.start()], _DECODER.raw_decode(text, found.end())
+            # With its comma: the one behind it, or else the one before.
+            comma = _COMMA.match(text, end)
+            text = before + text[comma.end() :] if comma else before.rstrip().removesuffix(",") + text[end:]
+        if json.loads(text) == wanted:
+            return text.encode()
+    except ValueError:
+        pass
+    return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _without_quantization(document: Any) -> Any:
+    if not isinstance(document, dict):
+        return document
+    return {key: _without_quantization(value) for key, value in document.items() if key != _QUANTIZATION_KEY}

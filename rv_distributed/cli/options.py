@@ -96,6 +96,9 @@ class Common(Running):
         ),
     ] = "auto"
     max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one output file.", metavar="SIZE")] = "5GB"
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Write the target's FP8 weights as FP8 again, with new scales.")
+    ] = False
     include: Annotated[
         str | None, typer.Option(help="Only tensors whose name matches get the vectors.", metavar="REGEX")
     ] = None
@@ -142,6 +145,7 @@ class Common(Running):
 
         return PlanOptions(
             dtype=self.dtype,
+            requantize=self.requantize,
             max_shard_bytes=parse_bytes(self.max_shard_size, "--max-shard-size"),
             include=self.include,
             exclude=self.exclude,

@@ -11,6 +11,7 @@ from typing import Any
 
 from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest, Timings
+from rv_distributed.checkpoint.model import all_folders
 from rv_distributed.cli.effort import effort_document, effort_table
 from rv_distributed.cli.options import Running
 from rv_distributed.cli.progress import progress_display
@@ -63,12 +64,12 @@ def plan_summary(job: Job) -> str:
     if special := _arithmetic(job):
         rows.append(("arithmetic", special))
     for item in job.plan.inputs:
-        checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
+        checkpoint = next(c for c in all_folders(job.opened.values()) if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
     rows += [("output", f"{out}  (up to date)" if n in job.complete else out) for n, out in enumerate(job.outs)]
     rows.append(("tensors", _tensors(job)))
-    if others := [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]:
+    if others := [tensor.name for tensor in job.plan.tensors if tensor.rule in ("cast", "copy")]:
         rows.append(("", f"not computed: {_some(others)}"))
     rows += _rules(job)
     if names := [name for name, _ in job.plan.left_out]:
@@ -112,7 +113,7 @@ def _tensors(job: Job) -> str:
     text = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     reasons: dict[str, int] = {}
     for tensor in job.plan.tensors:
-        if tensor.why:
+        if tensor.why and tensor.rule != "scale":
             reasons[tensor.why] = reasons.get(tensor.why, 0) + 1
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
     return f"{text or 'none'} ({why})" if why else text
@@ -122,7 +123,8 @@ def _arithmetic(job: Job) -> str:
     """What is not the default of it."""
     dtype, rounding, seed, _ = job.plan.arithmetic
     texts = [f"computed in {dtype}"] if dtype != "float32" else []
-    return ", ".join(texts + ([f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []))
+    texts += [f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []
+    return ", ".join(texts)
 
 
 def _runtime(job: Job) -> str:
@@ -144,7 +146,9 @@ def plan_document(job: Job) -> dict[str, Any]:
         "options": dict(job.plan.options),
         "tensors": len(job.plan.tensors),
         "computed": sum(tensor.rule == "combine" for tensor in job.plan.tensors),
-        "copied": [{"tensor": t.name, "rule": t.rule, "why": t.why} for t in job.plan.tensors if t.rule != "combine"],
+        "copied": [
+            {"tensor": t.name, "rule": t.rule, "why": t.why} for t in job.plan.tensors if t.rule in ("cast", "copy")
+        ],
         "rules": [{"rule": rule, "what": what} for rule, what in job.plan.rules],
         "matched": [{"tensor": t.name, "how": t.matched} for t in job.plan.tensors if t.matched],
         "left_out": [{"tensor": name, "why": why} for name, why in job.plan.left_out],

@@ -6,38 +6,30 @@ The frame (the target, or the donor when a vector is extracted) gives names, sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 from rv_distributed.checkpoint.config import vocab_size
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, FROM_USER, item_bytes
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
-from rv_distributed.checkpoint.model import Checkpoint, Tensor
+from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.sidecars import sidecars_of
+from rv_distributed.checkpoint.sources import Source
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
+from rv_distributed.plan.finding import Finder, Frame
 from rv_distributed.plan.layout import cut_pieces, lay_out
 from rv_distributed.plan.matching import Match, Pair, Side, match
-from rv_distributed.plan.model import Operand, Plan, PlannedInput, PlannedSidecar, Rule, Segment, TensorPlan
+from rv_distributed.plan.model import Plan, PlannedInput, PlannedSidecar, Rule, Segment, TensorPlan
+from rv_distributed.plan.numbers import as_numbers, copied, is_stored
 from rv_distributed.plan.options import PlanOptions
-from rv_distributed.plan.sources import Frame, Source
+from rv_distributed.plan.requantize import Draft, is_of_scales, requantized, with_places
 from rv_distributed.plan.weights import Weigher
 from rv_distributed.recipe import Arithmetic, ByTensor, Recipe, show_alpha
+from rv_distributed.units import plural
 
 _MAX_REPORTED: Final = 20
-
-
-class _Draft(NamedTuple):
-    """A tensor of the output that has no place yet; see `TensorPlan`. Its segments' ends are counted in elements."""
-
-    name: str
-    tensor: Tensor
-    """Of the frame."""
-    rule: Rule
-    dtype: str
-    segments: tuple[Segment, ...]
-    why: str
-    matched: str
 
 
 def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> Plan:
@@ -46,71 +38,92 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection, and for options
     that do not go with the recipe.
     """
-    frame, giver = opened[recipe.frame], opened[recipe.giver(options.sidecars_from)]
     extracting = recipe.operation == "extract"
+    if extracting and options.requantize:
+        raise UsageError("--requantize is for models; a vector is stored in float32, or in another --dtype")
+    stored = {name: opened[name] for name in recipe.inputs}
+    numbers, problems = as_numbers(stored)
+    opened = {**opened, **numbers}
+    frame, giver = opened[recipe.frame], opened[recipe.giver(options.sidecars_from)]
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
     weigher = Weigher(recipe, frame.tensors, options.compute_dtype)
-    paths = {file.name: f"{frame.uri}/{file.name}" for file in frame.weight_files}
 
     pairs = _pairs(recipe, opened, options)
-    problems = misfits([opened[name] for name in recipe.inputs], options) if pairs else []
+    problems += misfits(list(stored.values()), options) if pairs else []
     matching = match(Frame(frame, recipe.frame_role), pairs, options)
     problems += [*matching.problems, *_giver_problems(frame, giver)]
     left_out = list(matching.left_out)
-    drafts: list[_Draft] = []
+    drafts: list[Draft] = []
     for (name, tensor), matched in zip(frame.tensors.items(), matching.tensors, strict=True):
         if extracting and not matched.stretches:
             left_out.append((name, matched.why))
             continue
-        own = Operand(paths[tensor.file], tensor.start, tensor.dtype)
-        segments = _segments(weigher, name, own if recipe.target is not None else None, matched)
+        own = frame.source(tensor), copied(frame, tensor)
+        segments = _segments(weigher, name, matched, own if recipe.target is not None else None)
         if segments and recipe.target is not None and not any(each.moves for s in segments for each in s.weights):
             segments, matched = (), Match((), "alpha is 0", "")
         dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
-        rule: Rule = "combine" if segments else "copy" if dtype == tensor.dtype else "cast"
-        segments = segments or (Segment(tensor.elements, own, (), weigher.of(name, ())),)
-        drafts.append(_Draft(name, tensor, rule, dtype, segments, matched.why, matched.matched))
+        rule: Rule = "combine" if segments else "copy" if dtype == tensor.dtype and is_stored(tensor) else "cast"
+        segments = segments or (Segment(tensor.elements, own[1], (), weigher.of(name, ())),)
+        drafts.append(Draft(name, tensor, rule, dtype, segments, matched.why, matched.matched))
     if pairs and not problems and not any(draft.rule == "combine" for draft in drafts):
         if any(draft.why == "alpha is 0" for draft in drafts):
             raise UsageError("the alphas are 0 for every tensor")
         if options.is_selective:
             raise UsageError("--include and --exclude leave no tensor to compute")
-        others = dict.fromkeys(side.source.checkpoint.uri for pair in pairs for side in pair.sides)
-        what = f"has no tensor in common with {', '.join(uri for uri in others if uri != frame.uri)}"
+        others = dict.fromkeys(side.finder.checkpoint.name for pair in pairs for side in pair.sides)
+        what = f"has no tensor in common with {', '.join(name for name in others if name != frame.name)}"
         problems.append(Problem(frame.uri, what, "Check that all inputs are models of one architecture."))
+    scales: list[Draft] = []
+    if options.requantize:
+        drafts, scales, wrong = requantized(drafts, stored[recipe.frame], weigher.of("", ()))
+        problems += wrong
     if problems:
         raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))
 
+    drafts += scales
     try:
         shards = lay_out(
             [(d.name, d.dtype, d.tensor.shape, tensor_bytes(d.dtype, d.tensor.shape)) for d in drafts],
             options.max_shard_bytes,
+            apart=len(scales),
         )
     except HeaderError as error:
         raise UsageError(f"{error.what}; choose a smaller --max-shard-size") from None
     tensors = []
     for index, shard in enumerate(shards):
         end = len(shard.header)
-        for name, tensor, rule, dtype, segments, why, matched_as in drafts[shard.first : shard.first + shard.length]:
+        for name, tensor, rule, dtype, segments, why, as_, how in drafts[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
             cut = _cut(segments, dtype, end - start)
-            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, cut, why, matched_as))
+            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, cut, why, as_, how))
     return Plan(
         operation=recipe.operation,
         inputs=_inputs(recipe, opened, options),
         alphas=weigher.stated,
         arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed, recipe.order),
         stats=options.stats,
-        tensors=tuple(tensors),
+        tensors=with_places(tensors, [shard.name for shard in shards]),
         shards=shards,
-        pieces=cut_pieces([shard.size for shard in shards], options.piece_bytes),
+        # The shards of scales come out of the pieces of the others.
+        pieces=cut_pieces([0 if is_of_scales(shard, tensors) else shard.size for shard in shards], options.piece_bytes),
         left_out=tuple(left_out),
         giver=giver.uri,
         sidecars=tuple(PlannedSidecar(owner.uri, file.name, file.size) for owner, file in sidecars_of(frame, giver)),
         files_left_out=giver.left_out,
-        rules=matching.rules,
+        rules=(*matching.rules, *_rules_of_numbers(tensors)),
         options=(*options.recorded(wanted), *_sum_options(recipe)),
     )
+
+
+def _rules_of_numbers(tensors: Sequence[TensorPlan]) -> Iterator[tuple[str, str]]:
+    """How inputs are decoded and outputs quantized, in words."""
+    for rule, texts in (
+        ("decoded", [tensor.decoded for tensor in tensors]),
+        ("requantized", [tensor.requantized.described for tensor in tensors if tensor.requantized is not None]),
+    ):
+        for text, count in Counter(filter(None, texts)).most_common():
+            yield rule, f"{text} ({plural(count, 'tensor')})"
 
 
 def _sum_options(recipe: Recipe) -> list[tuple[str, str]]:
@@ -122,16 +135,16 @@ def _sum_options(recipe: Recipe) -> list[tuple[str, str]]:
 
 def _pairs(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> list[Pair]:
     """The vectors that are used, with their checkpoints as the frame sees them."""
-    frame, sources = Frame(opened[recipe.frame], recipe.frame_role), dict[str, Source]()
+    frame, finders = Frame(opened[recipe.frame], recipe.frame_role), dict[str, Finder]()
     overlap = options.vocab_mismatch == "overlap"
     if overlap and recipe.operation == "linear":
         raise UsageError("--vocab-mismatch overlap: a sum of models has no target whose other rows could stay")
 
     def side(role: str, name: str) -> Side:
         checkpoint = opened[name]
-        if checkpoint.uri not in sources:
-            sources[checkpoint.uri] = Source(checkpoint, frame, options.key_mapping, overlap=overlap)
-        return Side(role, sources[checkpoint.uri])
+        if checkpoint.name not in finders:
+            finders[checkpoint.name] = Finder(checkpoint, frame, options.key_mapping, overlap=overlap)
+        return Side(role, finders[checkpoint.name])
 
     pairs = []
     for number in recipe.used:
@@ -144,9 +157,15 @@ def _pairs(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOption
     return pairs
 
 
-def _segments(weigher: Weigher, name: str, target: Operand | None, matched: Match) -> tuple[Segment, ...]:
+def _segments(weigher: Weigher, name: str, matched: Match, target: tuple[Source, Source] | None) -> tuple[Segment, ...]:
+    """``target`` says where the tensor comes from: where it is computed with, and where it is copied."""
     return tuple(
-        Segment(stop, target, vectors, weigher.of(name, [operand.vector for operand in vectors]))
+        Segment(
+            stop,
+            target and target[not vectors],
+            vectors,
+            weigher.of(name, [operand.vector for operand in vectors]),
+        )
         for stop, vectors in matched.stretches
     )
 
@@ -180,8 +199,10 @@ def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptio
     planned, seen = [], set[str]()
     for role, name in recipe.roles:
         checkpoint = opened[name]
-        small = tuple(file for owner, file in given if owner is checkpoint and checkpoint.uri not in seen)
-        seen.add(checkpoint.uri)
-        files = checkpoint.weight_files + small
-        planned.append(PlannedInput(role, checkpoint.uri, checkpoint.fingerprint, checkpoint.revision, files))
+        small = tuple(file for owner, file in given if owner is checkpoint and name not in seen)
+        seen.add(name)
+        for which, folder in zip((role, "adapter"), checkpoint.folders, strict=False):
+            # Small files go with the output; of an adapter, one decides what is computed.
+            files = folder.weight_files + (folder.sidecars if which == "adapter" else small)
+            planned.append(PlannedInput(which, folder.uri, folder.fingerprint, folder.revision, files))
     return tuple(planned)

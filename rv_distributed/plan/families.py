@@ -1,13 +1,16 @@
 """Whether the inputs of a plan can be added at all, as far as config.json and the tensors' names tell: models of one
-family, and not quantized. Called by `make_plan`, which raises what is found here with everything else."""
+family, and not quantized, or in a way that is read. Called by `make_plan`, which raises what is found here with all
+else."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from rv_distributed.checkpoint.adapter import is_adapter
 from rv_distributed.checkpoint.config import stated, text_config, vocab_size
 from rv_distributed.checkpoint.dtypes import ARITHMETIC
+from rv_distributed.checkpoint.fp8 import fp8_scheme, quantization_of
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.errors import Problem
 from rv_distributed.plan.options import PlanOptions
@@ -30,6 +33,7 @@ _CONVERTERS: Final = {
     "gptq": _GPTQMODEL,
     "awq": _GPTQMODEL,
     "bitsandbytes": "dequantize it with transformers (model.dequantize(), then model.save_pretrained)",
+    # Of forms that are not read: see `fp8_scheme`.
     "fp8": "dequantize it with transformers (from_pretrained with FineGrainedFP8Config(dequantize=True))",
     "mxfp4": "dequantize it with transformers (from_pretrained with Mxfp4Config(dequantize=True))",
     "compressed-tensors": "dequantize it with transformers (CompressedTensorsConfig(run_compressed=False))",
@@ -47,8 +51,15 @@ _MARKS: Final = {
 def misfits(inputs: Sequence[Checkpoint], options: PlanOptions) -> list[Problem]:
     """What keeps ``inputs`` from being added to each other, whatever their tensors are."""
     inputs = list({checkpoint.uri: checkpoint for checkpoint in inputs}.values())
-    quantized = [problem for problem in map(quantization_problem, inputs) if problem is not None]
-    return quantized + family_problems(inputs, options)
+    alone = [problem for checkpoint in inputs if (problem := _problem_of(checkpoint)) is not None]
+    return alone + family_problems(inputs, options)
+
+
+def _problem_of(checkpoint: Checkpoint) -> Problem | None:
+    if is_adapter(checkpoint):
+        what = "is a LoRA adapter, and no model without its base"
+        return Problem(checkpoint.uri, what, f"Write BASE+{checkpoint.uri}, with the folder of its base.")
+    return quantization_problem(checkpoint)
 
 
 def family_problems(inputs: Sequence[Checkpoint], options: PlanOptions) -> list[Problem]:
@@ -116,9 +127,10 @@ def quantization_problem(checkpoint: Checkpoint) -> Problem | None:
     """Why a checkpoint's weights are no numbers to add to, if they are quantized."""
     # Quantized weights are never floating-point numbers of 16 or 32 bits all through.
     is_ordinary = ARITHMETIC.keys() >= checkpoint.dtypes.keys()
-    key = "quantization_config"
-    stated = checkpoint.config.get(key) or text_config(checkpoint.config).get(key)
-    if isinstance(stated, dict) and stated:
+    stated = quantization_of(checkpoint.config)
+    if fp8_scheme(checkpoint.config) is not None:
+        return None
+    if stated:
         unnamed = "bitsandbytes" if "load_in_4bit" in stated else "not named"
         method = str(stated.get("quant_method", unnamed)).lower()
         if method in _CONVERTERS or not is_ordinary:

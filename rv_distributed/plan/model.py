@@ -9,20 +9,57 @@ from typing import Literal, NamedTuple
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, WIDE
 from rv_distributed.checkpoint.manifest import WITHOUT_TARGET
 from rv_distributed.checkpoint.model import FileState
+from rv_distributed.checkpoint.sources import LowRank, Source, how_decoded
 from rv_distributed.recipe import Arithmetic, Operation, Stats, Weights
 
-Rule = Literal["combine", "cast", "copy"]
+Rule = Literal["combine", "cast", "copy", "scale"]
 
 
-class Operand(NamedTuple):
-    """Where a source has elements of an output's tensor: element ``i`` of that lies in ``path`` from byte
-    ``offset + i·item``."""
+class Requantized(NamedTuple):
+    """How a tensor is written as FP8 again. It is a stack of matrices, and made a row of blocks at a time: a band. The
+    bands follow one another in its bytes, of which each is an element."""
 
-    path: str
-    offset: int
-    """Where element 0 lies, or would lie: a segment's source need not have the elements before it, and then this may
-    be below 0."""
-    dtype: str
+    rows: int
+    """Of one matrix."""
+    columns: int
+    block: tuple[int, int]
+    """Rows and columns of a block."""
+    scale_dtype: str
+    are_powers_of_2: bool
+    scales: int = -1
+    """Its scales: index into ``Plan.tensors``."""
+    scales_name: str = ""
+    scales_shard: str = ""
+    """The file that they lie in."""
+    scales_at: int = -1
+    """Where in it."""
+
+    @property
+    def described(self) -> str:
+        """In words for the tables."""
+        return f"fp8 {self.block[0]}×{self.block[1]} with scales in {self.scale_dtype}"
+
+    @property
+    def across(self) -> int:
+        """Blocks of a band."""
+        return -(-self.columns // self.block[1])
+
+    @property
+    def band_bytes(self) -> int:
+        """Of the largest."""
+        return min(self.block[0], self.rows) * self.columns
+
+    def band(self, byte: int) -> tuple[int, int]:
+        """The first byte of the band that a byte lies in, and the one past its last."""
+        matrix, row = divmod(byte // self.columns, self.rows)
+        top = row // self.block[0] * self.block[0]
+        above = matrix * self.rows
+        return (above + top) * self.columns, (above + min(top + self.block[0], self.rows)) * self.columns
+
+    def number(self, byte: int) -> int:
+        """The number of that band, in the whole tensor."""
+        matrix, row = divmod(byte // self.columns, self.rows)
+        return matrix * -(-self.rows // self.block[0]) + row // self.block[0]
 
 
 class VectorOperand(NamedTuple):
@@ -30,8 +67,8 @@ class VectorOperand(NamedTuple):
 
     vector: int
     """Index into the recipe's vectors."""
-    plus: Operand
-    minus: Operand | None
+    plus: Source
+    minus: Source | None
 
 
 class Segment(NamedTuple):
@@ -39,12 +76,31 @@ class Segment(NamedTuple):
 
     stop: int
     """One past its last byte, counted in the tensor. It begins where the segment before it ends."""
-    target: Operand | None
+    target: Source | None
     """None when a vector is extracted, and where models are summed."""
     vectors: tuple[VectorOperand, ...]
     """Empty where no vector is added."""
     weights: tuple[Weights, ...]
-    """One an output. Of segments with the same numbers, the same object."""
+    """One an output, each with an alpha for each of these vectors. Of segments with the same numbers, the same
+    object."""
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that it is made from."""
+        return list(sources_of(self.target, self.vectors))
+
+    @property
+    def by_role(self) -> list[tuple[str, Source]]:
+        """The same, each with what it is in the formula."""
+        roles = ["target"] if self.target is not None else []
+        for vector in self.vectors:
+            if vector.minus is not None:
+                roles += ["donor", "reference"]
+            elif isinstance(vector.plus, LowRank) and vector.plus.base is None:
+                roles.append("adapter")
+            else:
+                roles.append("vector" if self.target is not None else "model")
+        return list(zip(roles, self.sources, strict=True))
 
 
 class TensorPlan(NamedTuple):
@@ -61,20 +117,34 @@ class TensorPlan(NamedTuple):
     stop: int
     rule: Rule
     """``combine``: arithmetic, in some segment at least; ``cast``: the target rounded to another dtype; ``copy``: its
-    bytes."""
+    bytes; ``scale``: the scales of a requantized tensor, which come out of making that."""
     segments: tuple[Segment, ...]
-    """One, where sources have the whole tensor as it is; else several, in order."""
+    """One, where sources have the whole tensor as it is; else several, in order. A requantized
+    tensor's end where bands do. None for ``scale``."""
     why: str
     """Why this rule, in words for the tables; empty for ``combine``."""
     matched: str
     """How the vectors' elements were found, where not under the tensor's own name and shape."""
+    requantized: Requantized | None = None
+    """None for a tensor whose dtype says all."""
+
+    @property
+    def decoded(self) -> str:
+        """How its sources are decoded, in words for the tables; empty where they are only read."""
+        sources = (source for segment in self.segments for source in segment.by_role)
+        texts = (f"{role} {how}" for role, source in sources if (how := how_decoded(source)))
+        return ", ".join(dict.fromkeys(texts))
+
+    def is_opaque_in(self, segment: Segment) -> bool:
+        """Whether a segment's bytes are copied without a look at what they mean."""
+        return self.requantized is None and is_opaque(self.dtype, segment.vectors)
 
     def rule_in(self, output: int) -> tuple[Rule, str]:
         """The rule in one output, and why: where its alphas are 0 it gets the target, whatever the others get."""
-        target = self.segments[0].target
-        if self.rule != "combine" or target is None or any(each.weights[output].moves for each in self.segments):
+        targets = [segment.target for segment in self.segments if segment.target is not None]
+        if self.rule != "combine" or not targets or any(each.weights[output].moves for each in self.segments):
             return self.rule, self.why
-        return ("copy" if target.dtype == self.dtype else "cast"), "alpha is 0"
+        return ("copy" if all(target.dtype == self.dtype for target in targets) else "cast"), "alpha is 0"
 
 
 class ShardPlan(NamedTuple):
@@ -112,30 +182,34 @@ class Span(NamedTuple):
     at: int
     """Where that byte lies in the output file."""
     rule: Rule
-    target: Operand | None
+    target: Source | None
     vectors: tuple[VectorOperand, ...]
     weights: tuple[Weights, ...]
+    requantized: Requantized | None = None
 
     @property
     def is_opaque(self) -> bool:
         """Whether its bytes are copied without a look at what they mean."""
-        return not self.vectors and self.dtype not in ARITHMETIC
+        return self.requantized is None and is_opaque(self.dtype, self.vectors)
 
     @property
     def is_wide(self) -> bool:
-        """Whether it is computed in float64, whatever the rest is computed in."""
+        """See `is_wide`."""
         return is_wide(self.dtype, self.target, self.vectors)
 
 
-def is_wide(dtype: str, target: Operand | None, vectors: Sequence[VectorOperand]) -> bool:
+def is_opaque(dtype: str, vectors: Sequence[VectorOperand]) -> bool:
+    """Whether elements of ``dtype`` are only bytes, where they get these vectors."""
+    return not vectors and dtype not in ARITHMETIC
+
+
+def is_wide(dtype: str, target: Source | None, vectors: Sequence[VectorOperand]) -> bool:
     """Whether some elements of ``dtype`` are computed in float64, whatever the rest of the output is computed in."""
-    if not vectors:
-        return False
-    return dtype == WIDE or any(operand.dtype == WIDE for operand in operands_of(target, vectors))
+    return bool(vectors) and WIDE in (dtype, *(source.dtype for source in sources_of(target, vectors)))
 
 
-def operands_of(target: Operand | None, vectors: Iterable[VectorOperand]) -> Iterator[Operand]:
-    """All that is read for some elements."""
+def sources_of(target: Source | None, vectors: Iterable[VectorOperand]) -> Iterator[Source]:
+    """All that some elements are made from."""
     if target is not None:
         yield target
     for vector in vectors:
@@ -167,7 +241,7 @@ class PlannedInput(NamedTuple):
     """A checkpoint that the run reads, as it was when the plan was made."""
 
     role: str
-    """target, donor, reference, vector, model or base."""
+    """target, donor, reference, vector, model or base; or adapter, of the one before it."""
     uri: str
     fingerprint: str
     revision: str | None

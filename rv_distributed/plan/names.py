@@ -45,7 +45,7 @@ def pattern_of(name: str) -> str:
     return _NUMBER.sub("N", name)
 
 
-def difference(name: str, other: str) -> tuple[str, str]:
+def renaming(name: str, other: str) -> tuple[str, str]:
     """What two names begin with before they end alike: ``model.`` and ``language_model.model.``, for instance."""
     ours, theirs = name.split("."), other.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:

@@ -45,10 +45,14 @@ class PlanOptions:
     """Of tensors that get no difference, as one side lacks them: error, or copy. See the README for what is missing."""
     key_mapping: tuple[KeyRule, ...] = ()
     """Applied, all in their order, to the names of every input but the one that gives the output its names."""
+    requantize: bool = False
+    """Write the target's FP8 weights as FP8 again, with new scales; without it, they become bfloat16."""
     sidecars_from: Role | None = None
     """The input whose small files go with the output; None: the target, or the donor of an extract."""
 
     def __post_init__(self) -> None:
+        if self.requantize and self.dtype != "auto":
+            raise UsageError(f"--requantize writes the target's own dtypes: leave out --dtype {self.dtype}")
         if self.dtype != "auto" and self.dtype not in FROM_USER:
             raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(sorted(FROM_USER))}")
         if self.max_shard_bytes <= 0:
@@ -107,6 +111,7 @@ class PlanOptions:
             ("seed", str(self.seed)),
             ("compute_dtype", self.compute_dtype),
             ("stats", self.stats),
+            ("requantize", "fp8" if self.requantize else ""),
             ("vocab_mismatch", self.vocab_mismatch),
             ("force_tokenizer_mismatch", json.dumps(self.force_tokenizer_mismatch)),
             ("missing", self.missing),

@@ -179,6 +179,8 @@ class RecipeFields(Fields):
     """Of the arithmetic."""
     stats: Stats = _DEFAULTS.stats
     """What is measured."""
+    requantize: bool = _DEFAULTS.requantize
+    """Write the target's FP8 weights as FP8 again, with new scales."""
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -40,10 +40,15 @@ class LoadedRecipe:
 def resolve(name: str, folder: str) -> str:
     """A checkpoint's name in a recipe: a URI as it is, a path from ``folder`` on, and the two parts of
     ``model+adapter`` each by itself."""
-    if "://" in name:
-        return name
-    path = os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
-    if "+" not in name or os.path.lexists(path):
+    start = name.partition("+")[0]
+    path = _from(folder, name)
+    if "://" in start or "+" not in name or os.path.lexists(path):
         return path
-    model, _, adapter = name.partition("+")
-    return f"{resolve(model, folder)}+{resolve(adapter, folder)}"
+    # What a folder's name itself holds is no end of the model's.
+    ends = [place for place, letter in enumerate(name) if letter == "+"]
+    end = next((end for end in ends if os.path.lexists(_from(folder, name[:end]))), len(start))
+    return f"{_from(folder, name[:end])}+{_from(folder, name[end + 1 :])}"
+
+
+def _from(folder: str, name: str) -> str:
+    return name if "://" in name else os.path.normpath(os.path.join(folder, os.path.expanduser(name)))

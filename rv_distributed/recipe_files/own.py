@@ -53,6 +53,7 @@ def from_own(document: Document) -> LoadedRecipe:
             seed=fields.seed,
             compute_dtype=fields.compute_dtype,
             stats=fields.stats,
+            requantize=fields.requantize,
         )
     except UsageError as error:
         raise InputError([document.problem((), str(error), _SEE)]) from None

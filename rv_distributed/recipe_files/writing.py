@@ -38,6 +38,7 @@ def recipe_text(recipe: Recipe, output: int, options: PlanOptions, uris: Mapping
         "seed": options.seed,
         "compute_dtype": options.compute_dtype,
         "stats": options.stats,
+        "requantize": options.requantize,
     }
     return _HEAD + str(yaml.safe_dump(_escaped(document), sort_keys=False, allow_unicode=True, width=120))
 

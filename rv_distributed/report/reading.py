@@ -19,7 +19,7 @@ from rv_distributed.verification.output import open_output
 
 #: What a report asks the options of a manifest for.
 _OPTIONS: Final = ("stats", "rounding", "dtype")
-_RULES: Final = ("combine", "cast", "copy")
+_RULES: Final = ("combine", "cast", "copy", "scale")
 
 
 @dataclass(frozen=True, slots=True)

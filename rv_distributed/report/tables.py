@@ -114,7 +114,9 @@ def _not_computed(output: Output) -> Table:
     found: dict[tuple[str, str], list[str]] = {}
     for row in output.rows:
         if row.rule != "combine":
-            found.setdefault(({"copy": "copied", "cast": "cast"}[row.rule], row.why), []).append(row.name)
+            found.setdefault(({"copy": "copied", "cast": "cast", "scale": "scales"}[row.rule], row.why), []).append(
+                row.name
+            )
     for entry in output.manifest.left_out:
         found.setdefault(("left out", entry.why), []).append(entry.tensor)
     kept = sorted(found, key=lambda key: (key[0] == "left out", -len(found[key])))[:_MOST_SHOWN]

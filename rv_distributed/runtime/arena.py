@@ -1,7 +1,8 @@
 """The memory that a chunk's sources are read into, a block at a time where that is cheap.
 
 What lies in the page cache is copied just before it is computed with, so that it is still in the processor's caches
-then. What does not is read for the whole chunk at once, as storage wants it.
+then. What does not is read for the whole chunk at once, as storage wants it. What has to be decoded is decoded block by
+block, from what is read for it.
 
 `Arena.load` says which chunk is to come; then `Arena.need` is called before any of its bytes are looked at.
 """
@@ -14,10 +15,13 @@ from bisect import bisect_right
 from collections import OrderedDict
 from typing import Final
 
+from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.checkpoint.sources import ByteRange
 from rv_distributed.errors import PieceError
 from rv_distributed.runtime.buffers import Buffer, Bytes
-from rv_distributed.runtime.chunks import Chunk, Read
-from rv_distributed.storage.ranges import RangeReader
+from rv_distributed.runtime.chunks import Chunk, Decoding, Read
+from rv_distributed.runtime.decoding import Decoder
+from rv_distributed.storage.ranges import ALIGNMENT, RangeReader
 
 _OPEN_FILES: Final = 16
 
@@ -33,7 +37,11 @@ class Arena:
         self._reads: tuple[Read, ...] = ()
         self._places: list[int] = []
         self._done: list[int] = []
+        self._decodings: tuple[Decoding, ...] = ()
+        self._decoded: list[int] = []
+        self._decoded_from = 0
         self._names: tuple[str, ...] = ()
+        self.decoder = Decoder()
         self.bytes_read = 0
         """In all chunks so far."""
         self.read_s = 0.0
@@ -50,12 +58,18 @@ class Arena:
         self._reads, self._names = chunk.reads, names
         self._places = [read.at for read in chunk.reads]
         self._done = [0] * len(chunk.reads)
+        self._decodings = chunk.decodings
+        self._decoded = [0] * len(chunk.decodings)
+        self._decoded_from = chunk.decodings[0].at if chunk.decodings else chunk.arena_bytes
 
     def need(self, at: int, nbytes: int) -> None:
-        """Return once ``nbytes`` bytes from ``at``, which lie in one of the chunk's reads, are there.
+        """Return once ``nbytes`` bytes from ``at``, which lie in one of the chunk's reads or decodings, are there.
 
         Raises PieceError when they cannot be read.
         """
+        if at >= self._decoded_from:
+            self._decode(at, nbytes)
+            return
         number = bisect_right(self._places, at) - 1
         read, done = self._reads[number], self._done[number]
         wanted = at + nbytes - read.at
@@ -66,7 +80,8 @@ class Arena:
             reader = self._reader(read.path)
             stop = done + reader.read_cached(self._buffer.view[read.at + done : at + nbytes], read.offset + done)
             if stop < wanted:
-                self._wait_for(reader, read, stop)
+                # All that is left of it, at once.
+                self._wait_for(reader, self._buffer.view, read.at + stop, read.offset + stop, read.nbytes - stop)
                 stop = read.nbytes
         except OSError as error:
             cause = f"cannot be read: {error.strerror or error}"
@@ -75,11 +90,47 @@ class Arena:
         self.bytes_read += stop - done
         self.read_s += time.perf_counter() - began
 
-    def _wait_for(self, reader: RangeReader, read: Read, done: int) -> None:
-        """Read all that is left of a read."""
+    def _decode(self, at: int, nbytes: int) -> None:
+        """Decode what is not decoded yet of the bytes up to ``at + nbytes``."""
+        number = bisect_right(self._decodings, at, key=lambda decoding: decoding.at) - 1
+        decoding, done = self._decodings[number], self._decoded[number]
+        item = item_bytes(decoding.source.dtype)
+        wanted = (at + nbytes - decoding.at) // item
+        if wanted > done:
+            into = self.array[decoding.at + done * item : decoding.at + wanted * item]
+            self.decoder.decode(decoding.source, decoding.first + done, wanted - done, self._fetch, into)
+            self._decoded[number] = wanted
+
+    def _fetch(self, wanted: ByteRange) -> Bytes:
+        """The bytes of a range: of one of the chunk's reads, or else read into memory of their own."""
+        key = (wanted.path, wanted.offset)
+        number = bisect_right(self._reads, key, key=lambda read: (read.path, read.offset)) - 1
+        if number < 0:
+            return self._read_apart(wanted)
+        read = self._reads[number]
+        inside = wanted.offset - read.offset
+        if read.path != wanted.path or inside + wanted.nbytes > read.nbytes:
+            return self._read_apart(wanted)
+        self.need(read.at + inside, wanted.nbytes)
+        return self.array[read.at + inside : read.at + inside + wanted.nbytes]
+
+    def _read_apart(self, wanted: ByteRange) -> Bytes:
+        at = wanted.offset % ALIGNMENT
+        buffer = Buffer(at + wanted.nbytes + ALIGNMENT)
+        began = time.perf_counter()
+        try:
+            self._wait_for(self._reader(wanted.path), buffer.view, at, wanted.offset, wanted.nbytes)
+        except OSError as error:
+            cause = f"cannot be read: {error.strerror or error}"
+            raise PieceError(cause, wanted.path, wanted.offset, wanted.offset + wanted.nbytes, self._names) from error
+        self.bytes_read += wanted.nbytes
+        self.read_s += time.perf_counter() - began
+        return buffer.array[at : at + wanted.nbytes]
+
+    def _wait_for(self, reader: RangeReader, view: memoryview, at: int, offset: int, nbytes: int) -> None:
         self._processor.release()
         try:
-            reader.read(self._buffer.view, read.at + done, read.offset + done, read.nbytes - done)
+            reader.read(view, at, offset, nbytes)
         finally:
             asked = time.perf_counter()
             self._processor.acquire()

@@ -14,6 +14,7 @@ import queue
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -95,6 +96,7 @@ class _Stream:
         tensors = [tensor for tensor, _ in task.parts]
         hashers = {tensor: [blake3() for _ in self._outs] for tensor in tensors}
         leaves: dict[int, list[list[Leaf]]] = {tensor: [[] for _ in self._outs] for tensor in tensors}
+        scales: dict[int, list[bytes]] = {tensor: [b""] * len(self._outs) for tensor in tensors}
         compute_s = write_s = 0.0
         read_before, read_s_before = self._arena.bytes_read, self._arena.read_s
         writers: list[RangeWriter] = []
@@ -106,7 +108,7 @@ class _Stream:
                 began = time.perf_counter()
                 self._arena.load(chunk, _names(task, chunk))
                 with self._computing:
-                    self._compute(task, chunk, leaves, hashers)
+                    self._compute(task, chunk, leaves, scales, hashers)
                 writing = time.perf_counter()
                 for writer, out in zip(writers, self._outs, strict=True):
                     self._write(task, writer, out, chunk)
@@ -117,7 +119,12 @@ class _Stream:
                 writer.close()
         outputs = tuple(
             tuple(
-                SpanResult(tensor, hashers[tensor][number].hexdigest(), add_up(leaves[tensor][number]))
+                SpanResult(
+                    tensor,
+                    hashers[tensor][number].hexdigest(),
+                    add_up(leaves[tensor][number]),
+                    b64encode(scales[tensor][number]).decode(),
+                )
                 for tensor in tensors
             )
             for number in range(len(self._outs))
@@ -133,17 +140,20 @@ class _Stream:
         task: PieceTask,
         chunk: Chunk,
         leaves: Mapping[int, Sequence[list[Leaf]]],
+        scales: Mapping[int, list[bytes]],
         hashers: Mapping[int, Sequence[blake3]],
     ) -> None:
-        """Fill the output buffers; ``leaves`` and ``hashers``, by tensor and output, take it in."""
+        """Fill the output buffers; ``leaves``, ``scales`` and ``hashers``, by tensor and output, take it in."""
         self._outs[:, : len(chunk.literal)] = np.frombuffer(chunk.literal, np.uint8)
         for part in chunk.parts:
             span = task.spans[part.span]
-            for start, stop, found in self._computer.compute(span, part, self._arena, self._outs, chunk.start):
-                for number, leaf in enumerate(found):
+            for made in self._computer.compute(span, part, self._arena, self._outs, chunk.start):
+                for number, leaf in enumerate(made.leaves):
                     leaves[span.tensor][number].append(leaf)
+                for number, raw in enumerate(made.scales.raw if made.scales else ()):
+                    scales[span.tensor][number] += raw
                 for out, hasher in zip(self._outs, hashers[span.tensor], strict=True):
-                    hasher.update(out[start:stop].data)
+                    hasher.update(out[made.start : made.stop].data)
 
     def _write(self, task: PieceTask, writer: RangeWriter, out: Bytes, chunk: Chunk) -> None:
         try:

@@ -56,7 +56,7 @@ STATED: dict[str, tuple[dict[str, Any], str, str]] = {
     "AWQ": ({"quant_method": "awq", "bits": 4}, "'awq'", GPTQMODEL),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'", "model.dequantize()"),
     "bitsandbytes of old": ({"load_in_4bit": True}, "'bitsandbytes'", "model.dequantize()"),
-    "FP8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'", "FineGrainedFP8Config(dequantize=True)"),
+    "FP8": ({"quant_method": "fp8", "fmt": "e5m2"}, "'fp8'", "FineGrainedFP8Config(dequantize=True)"),
     "MXFP4": ({"quant_method": "mxfp4"}, "'mxfp4'", "Mxfp4Config(dequantize=True)"),
     "compressed-tensors": ({"quant_method": "compressed-tensors"}, "'compressed-tensors'", "run_compressed=False"),
 }

@@ -1,4 +1,4 @@
-"""Which files go with a model, and the one edit of config.json."""
+"""Which files go with a model, and the edits of config.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rv_distributed.checkpoint.sidecars import why_left_out, with_dtype
+from rv_distributed.checkpoint.sidecars import why_left_out, with_dtype, without_quantization
 
 KEPT = [
     "config.json",
@@ -177,3 +177,25 @@ def test_what_is_no_dtype_field_stays_as_it_is(config: bytes) -> None:
 def test_odd_formatting_of_a_config_survives() -> None:
     config = b'{"rope_theta": 1e6,"eps":1.0E-06,\n  "torch_dtype": "bfloat16","z":[1,\n2], "a": "\\u00e9"}'
     assert with_dtype(config, "float32") == config.replace(b"bfloat16", b"float32")
+
+
+STATED = '"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, {"quantization_config": 3}]}'
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ('{\n  "a": 1,\n  %s,\n  "b": 2.50\n}\n', '{\n  "a": 1,\n  "b": 2.50\n}\n'),
+        ('{\n\t"a": 1,\n\t%s\n}\n', '{\n\t"a": 1\n}\n'),
+        ("{%s}", "{}"),
+        ('{"text_config": {%s, "b": 1}, "c": "\\u00ff ÿ"}', '{"text_config": {"b": 1}, "c": "\\u00ff ÿ"}'),
+        ('{"a": 1, "b": {"c": [%s]}}'.replace("%s", "3"), '{"a": 1, "b": {"c": [3]}}'),
+        ('{"quantization_config" :null,"a":1}', '{"a":1}'),
+        ('{"a": "\\"quantization_config\\": {}, ", %s}', '{"a": "\\"quantization_config\\": {}, "}'),
+        # Where the key is spelt otherwise, the document is written anew.
+        ('{"a":1,"quant\\u0069zation_config":{}}', '{\n  "a": 1\n}\n'),
+    ],
+)
+def test_the_quantization_is_taken_out_and_nothing_else(config: str, wanted: str) -> None:
+    text = config.replace("%s", STATED)
+    assert without_quantization(text.encode()).decode() == wanted

@@ -27,6 +27,7 @@ COMBINED = TensorRow(
     rule="combine",
     why="",
     matched="donor: model.language_model.layers.0.weight",
+    decoded="",
     v_norm=0.1,
     t_norm=1e-300,
     v_t_ratio=0.25,

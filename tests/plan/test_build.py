@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference import described
 
+from rv_distributed.checkpoint.sources import path_of
 from rv_distributed.errors import InputError, UsageError
 from rv_distributed.plan import Operand, Plan, PlanOptions, Segment, TensorPlan, make_plan
 from rv_distributed.recipe import Arithmetic, Recipe, Vector
@@ -131,7 +132,7 @@ def test_one_of_several_vectors_with_alpha_zero_keeps_the_others_numbers() -> No
     opened = {"t": described("/t", MODEL), **{name: described(f"/{name}", MODEL) for name in "vwx"}}
     recipe = Recipe("apply", "t", (Vector("v"), Vector("w"), Vector("x")), ((0.5, 0.0, 2.0), (1.0, 0.0, 0.0)))
     embed = segment_of(make_plan(recipe, opened, PlanOptions()), "embed")
-    assert [(v.vector, v.plus.path, v.minus) for v in embed.vectors] == [
+    assert [(v.vector, path_of(v.plus, 0), v.minus) for v in embed.vectors] == [
         (0, "/v/model.safetensors", None),
         (2, "/x/model.safetensors", None),
     ]

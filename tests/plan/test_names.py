@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rv_distributed.checkpoint.model import Tensor
 from rv_distributed.plan.layouts import Part, is_transposed, parts_of
-from rv_distributed.plan.names import bare_name, difference, is_known_buffer, pattern_of
+from rv_distributed.plan.names import bare_name, renaming, is_known_buffer, pattern_of
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_pattern_has_no_numbers(name: str, pattern: str) -> None:
     ],
 )
 def test_the_difference_of_two_names_is_how_they_begin(name: str, other: str, begin: tuple[str, str]) -> None:
-    assert difference(name, other) == begin
+    assert renaming(name, other) == begin
 
 
 def test_buffers_are_known_by_their_whole_names() -> None:

@@ -7,7 +7,7 @@ from reference import described
 
 from rv_distributed.errors import InputError, UsageError
 from rv_distributed.identity import identity_of
-from rv_distributed.plan import Plan, PlanOptions, Segment, TensorPlan, make_plan, task_of
+from rv_distributed.plan import Operand, Plan, PlanOptions, Segment, TensorPlan, make_plan, task_of
 from rv_distributed.recipe import Alpha, ByTensor, Choice, Recipe, Vector, Weights
 
 SHAPES = {
@@ -98,9 +98,7 @@ def test_what_is_no_number_to_sum_up_is_the_bases_own() -> None:
     assert segment_of(tensors["w"])[1::2] == (None, (Weights((1.0, 1.0), 2.0),))
     ids = tensors["ids"]
     assert (ids.rule, ids.why) == ("copy", "I64 is not a floating-point dtype")
-    target = segment_of(ids).target
-    assert target is not None
-    assert target.path == "/b/model.safetensors"
+    assert segment_of(ids).target == Operand("/b/model.safetensors", 8 + 8, "I64")
 
 
 def test_models_of_a_sum_must_have_the_same_tensors() -> None:

@@ -15,6 +15,7 @@ from rv_distributed.errors import InputError, UsageError
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import ByTensor, Choice, Recipe, Vector
 from rv_distributed.recipe_files.fields import RecipeFields, recipe_schema
+from rv_distributed.recipe_files.loaded import resolve
 from rv_distributed.recipe_files.reading import load_recipe
 from rv_distributed.recipe_files.writing import recipe_text
 
@@ -172,6 +173,8 @@ def test_names_with_an_adapter_are_resolved_part_by_part(tmp_path: Path) -> None
     ).recipe
     assert recipe.target == f"{tmp_path}/base+{tmp_path}/lora"
     assert recipe.vectors == (Vector(f"{tmp_path}/a+b", "hf://o/m+/lora"),)
+    for name, wanted in (("a+b+lora", "{}/a+b+{}/lora"), ("base+hf://o/lora", "{}/base+hf://o/lora")):
+        assert resolve(name, str(tmp_path)) == wanted.format(tmp_path, tmp_path)
 
 
 RECIPES = {

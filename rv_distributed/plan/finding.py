@@ -1,6 +1,6 @@
 """Where another checkpoint has the elements of a tensor of the frame: by its name or, failing that, by the rules.
 
-The rules, in the order in which `Source.find` tries them: the name as ``--key-mapping`` makes it; the one tensor that
+The rules, in the order in which `Finder.find` tries them: the name as ``--key-mapping`` makes it; the one tensor that
 has the same name without wrappers; the parts of a fused tensor, or the fused tensor that it is a part of; the tensor
 that the config ties it to. Shapes have to be the same, but for the rows of two vocabularies.
 """
@@ -19,8 +19,8 @@ from rv_distributed.checkpoint.config import is_untied, vocab_size
 from rv_distributed.checkpoint.dtypes import COMPUTABLE
 from rv_distributed.checkpoint.key_mapping import KeyRule
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
+from rv_distributed.checkpoint.sources import Source
 from rv_distributed.plan.layouts import Part, is_transposed, parts_of
-from rv_distributed.plan.model import Operand
 from rv_distributed.plan.names import bare_name
 from rv_distributed.recipe import Role
 
@@ -77,7 +77,7 @@ class _Slice(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Source:
+class Finder:
     """A checkpoint whose tensors are found by the frame's names."""
 
     def __init__(self, checkpoint: Checkpoint, frame: Frame, rules: Sequence[KeyRule], *, overlap: bool) -> None:
@@ -86,8 +86,6 @@ class Source:
         self._frame, self._frame_role = frame
         self._overlap = overlap
         self._used: set[str] = set()
-        self.paths = {file.name: f"{checkpoint.uri}/{file.name}" for file in checkpoint.weight_files}
-        """Where the files of weights lie, by their names."""
         self.tensors: Mapping[str, Tensor] = checkpoint.tensors
         """By their names, as the rules make them."""
         self.stored_names: dict[str, str] = {}
@@ -115,12 +113,12 @@ class Source:
                 self.stored_names[name] = stored
         self.tensors = tensors
 
-    def plain(self, name: str, shape: tuple[int, ...]) -> Operand | None:
+    def plain(self, name: str, shape: tuple[int, ...]) -> Source | None:
         """The tensor of this name, when nothing about it is special: most are so, and large models have many."""
         own = self.tensors.get(name)
         if own is None or own.shape != shape or own.dtype not in COMPUTABLE or self.stored_names:
             return None
-        return Operand(self.paths[own.file], own.start, own.dtype)
+        return self.checkpoint.source(own)
 
     def find(self, name: str, tensor: Tensor) -> Found | Misfit | None:
         """Where this checkpoint has the frame's ``tensor``; None when it has nothing that could be it."""
