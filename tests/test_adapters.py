@@ -390,6 +390,8 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "another rank": ({"r": 8}, "says no rank of 7 or no alpha for"),
     "no alpha": ({"lora_alpha": "8"}, "says no rank of 7 or no alpha for"),
     "alpha NaN": ({"lora_alpha": float("nan")}, "says no rank of 7 or no alpha for"),
+    "alpha beyond float32": ({"lora_alpha": 1e39}, "says no rank of 7 or no alpha for"),
+    "alpha beyond any float": ({"lora_alpha": 10**400}, "says no rank of 7 or no alpha for"),
     "a pattern of no end": ({"alpha_pattern": {"(a+)+b": 1}}, "has the alpha_pattern"),
     "patterns that are none": ({"rank_pattern": [1]}, "has the rank_pattern"),
     "transposed": ({"fan_in_fan_out": True}, "the base's weight has [700, 1100]"),

@@ -289,6 +289,14 @@ def test_no_more_is_told_than_can_be_read(tmp_path: Path) -> None:
     assert "has 30 more parts with such problems" in told
 
 
+def doubled() -> tuple[Any, ...]:
+    """In memory, hardly anything; printed, hashed or made a text, no end."""
+    found: tuple[Any, ...] = ()
+    for _ in range(99):
+        found = (found, found)
+    return found
+
+
 LIES: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "another file": (lambda m: setattr(info_of(m), "relative_path", "__9_0.distcp"), "which is missing"),
     "a file elsewhere": (lambda m: setattr(info_of(m), "relative_path", "../target/model.safetensors"), "is missing"),
@@ -310,6 +318,13 @@ LIES: dict[str, tuple[Callable[[Metadata], object], str]] = {
         "more elements than 64 bits can count",
     ),
     "a size below 0": (lambda m: setattr(chunk_of(m), "sizes", (-4, -5)), "has sizes that are none: (-4, -5)"),
+    "sizes that double": (lambda m: setattr(chunk_of(m), "sizes", doubled()), "has sizes that are none: ((((("),
+    "too many sizes": (lambda m: setattr(chunk_of(m), "sizes", (1,) * 65), "has sizes that are none: (1, 1,"),
+    "a size of many bytes": (lambda m: setattr(chunk_of(m), "sizes", (4, 1 << 63)), "has sizes that are none: (4, 9"),
+    "a path that doubles": (
+        lambda m: m.planner_data.update({"model.w": ("model", doubled())}),
+        "has a path in the nested state that is none",
+    ),
     "a part beyond": (lambda m: setattr(chunk_of(m), "sizes", (4, 6)), "has parts that do not make up its shape"),
     "no parts": (lambda m: m.state_dict_metadata["model.w"].chunks.clear(), "has parts that do not make up its shape"),  # type: ignore[union-attr]
     "a part twice": (

@@ -286,7 +286,13 @@ def test_weights_and_scales_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize(
     "stated",
-    [{"fmt": "e5m2"}, {"weight_block_size": [128]}, {"weight_block_size": [128, 0]}, {"weight_block_size": "128"}],
+    [
+        {"fmt": "e5m2"},
+        {"weight_block_size": [128]},
+        {"weight_block_size": [128, 0]},
+        {"weight_block_size": [10**30, 128]},
+        {"weight_block_size": "128"},
+    ],
     ids=str,
 )
 def test_fp8_of_other_forms_is_refused_with_a_converter(tmp_path: Path, stated: dict[str, object]) -> None:

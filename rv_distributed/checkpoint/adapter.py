@@ -32,6 +32,8 @@ _FACTOR: Final = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.w
 _INSIDE: Final = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 #: Parts of names that some versions of a model have and others have not.
 _WRAPPERS: Final = frozenset({"base_model", "model", "language_model", "module", "_orig_mod"})
+#: Beyond it, float32 has infinity.
+_LARGEST_ALPHA: Final = 3.4e38
 _QUANTIFIERS: Final = re.compile(r"[*+?{]")
 
 
@@ -189,11 +191,11 @@ def _low_rank(base: Checkpoint, weight: Tensor, adapter: Checkpoint, module: str
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float | None:
-    """What B·A is multiplied by, as a float32; None when the config does not say, or says another rank."""
+    """What B·A is multiplied by; None when the config does not say, or says another rank."""
     alpha = _of_module(config, "alpha_pattern", "lora_alpha", module)
     if _of_module(config, "rank_pattern", "r", module) != rank or not rank:
         return None
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST_ALPHA:
         return None
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

@@ -12,15 +12,17 @@ import math
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from reprlib import repr as shortened
 from typing import Any, Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import DTYPES, item_bytes
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
-from rv_distributed.checkpoint.inert import Inert, PickleError, load_inert
+from rv_distributed.checkpoint.inert import Inert, Named, PickleError, load_inert
 
 METADATA_FILE: Final = ".metadata"
 #: Of a record's first and last bytes, that hold all of it but the elements.
 ENDS_BYTES: Final = 4096
+_MAX_DIMENSIONS: Final = 64
 
 _OF_METADATA: Final = "torch.distributed.checkpoint.metadata."
 _TENSOR: Final = _OF_METADATA + "TensorStorageMetadata"
@@ -55,7 +57,7 @@ _DTYPES: Final = {
     "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }
-_VALUES: Final = {"torch.Size": tuple, "collections.OrderedDict": dict} | {
+_VALUES: Final = {"torch.Size": tuple, "collections.OrderedDict": Named} | {
     f"torch.{name}": dtype for name, dtype in _DTYPES.items()
 }
 _STORAGES: Final = {
@@ -165,7 +167,11 @@ def _model_names(saved: Iterable[str], planner_data: object) -> dict[str, str]:
 
 
 def _path(path: object, name: str) -> tuple[str, ...]:
-    return tuple(map(str, path)) if isinstance(path, tuple) and path else (name,)
+    if path is None:
+        return (name,)
+    if not isinstance(path, tuple) or not path or not all(isinstance(key, str | int) for key in path):
+        raise DistributedFormatError("has a path in the nested state that is none", name)
+    return tuple(map(str, path))
 
 
 def _tensor(name: str, entry: Inert, infos: Mapping[tuple[str, tuple[int, ...] | None], Any]) -> SavedTensor:
@@ -274,12 +280,12 @@ def _described(description: object, tensor: SavedTensor, record: Record) -> tupl
         dtype = description.args[6] if len(description.args) > 6 else None
         count = count // item_bytes(tensor.dtype)
     if dtype != tensor.dtype or sizes != record.sizes:
-        what = f"holds {dtype!r:.40} of shape {sizes!r:.80}, not {tensor.dtype} of shape {list(record.sizes)}"
+        what = f"holds {shortened(dtype)} of shape {shortened(sizes)}, not {tensor.dtype} of shape {list(record.sizes)}"
         raise DistributedFormatError(what)
     contiguous = [math.prod(record.sizes[dimension + 1 :]) for dimension in range(len(record.sizes))]
     apart = [(s, c) for s, c, size in zip(strides, contiguous, sizes, strict=False) if size > 1]
     if not isinstance(strides, tuple) or len(strides) != len(sizes) or any(s != c for s, c in apart):
-        raise DistributedFormatError(f"is not contiguous: its strides are {strides!r:.80}")
+        raise DistributedFormatError(f"is not contiguous: its strides are {shortened(strides)}")
     if first + math.prod(record.sizes) > count:
         raise DistributedFormatError(f"is a view beyond its storage of {count} elements")
     return first, count
@@ -330,10 +336,10 @@ def _dict(value: object) -> dict[Any, Any]:
 
 
 def _is_natural(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _sizes(value: object, name: str) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(map(_is_natural, value)):
-        raise DistributedFormatError(f"has sizes that are none: {value!r:.80}", name)
+    if not isinstance(value, tuple) or len(value) > _MAX_DIMENSIONS or not all(map(_is_natural, value)):
+        raise DistributedFormatError(f"has sizes that are none: {shortened(value)}", name)
     return value

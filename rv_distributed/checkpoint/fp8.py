@@ -50,9 +50,13 @@ def fp8_scheme(config: Mapping[str, Any]) -> Fp8Scheme | None:
     block = stated.get("weight_block_size", ())
     if block is None:
         return Fp8Scheme(None, are_powers_of_2)
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+    if not isinstance(block, list) or len(block) != 2 or not all(map(_is_size, block)):
         return None
     return Fp8Scheme((block[0], block[1]), are_powers_of_2)
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 0 < size < 1 << 31
 
 
 def dequantized(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[Problem]]:

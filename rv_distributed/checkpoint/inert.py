@@ -50,7 +50,8 @@ class Inert:
 def load_inert(raw: bytes, classes: Collection[str], values: Mapping[str, Any]) -> Any:
     """What a pickle holds, with `Inert` objects for ``classes`` and ``values`` for other names.
 
-    All are named by ``module.name``; a value is a tuple, a dict, a string or one of their types. Raises PickleError.
+    All are named by ``module.name``; a value is a string, `tuple` or `Named`, which every dict in a pickle becomes.
+    Tuples and lists may hold each other many times over: do not print, hash or compare them whole. Raises PickleError.
     """
     # New ones each time: a pickle might change them.
     known = {**{name: type(name, (Inert,), {"name": name}) for name in classes}, **values}
@@ -62,8 +63,24 @@ def load_inert(raw: bytes, classes: Collection[str], values: Mapping[str, Any]) 
         raise PickleError(f"is not a pickle that can be read: {error!r:.200}") from None
 
 
+class Named(dict[Any, Any]):
+    """A dict without tuples for keys: to hash one that holds another one twice, and so on, would take time that doubles
+    with every few bytes."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __setitem__(self, key: object, value: object) -> None:
+        if not isinstance(key, str | int | Inert):
+            raise PickleError(f"has a key that is a {type(key).__name__}")
+        super().__setitem__(key, value)
+
+
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _INSTRUCTIONS}
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Named())
 
     def __init__(self, file: io.BytesIO, known: Mapping[str, Any]) -> None:
         super().__init__(file)

@@ -152,7 +152,7 @@ class LowRank(NamedTuple):
     rows: int
     columns: int
     scale: float
-    """A float32."""
+    """Rounded to float32 before it is used."""
     is_transposed: bool
     """Whether both factors are stored the other way round."""
     first: int = 0

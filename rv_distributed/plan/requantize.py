@@ -82,7 +82,9 @@ def requantized_tensors(target: Checkpoint) -> tuple[dict[str, Requantized], lis
     """How each FP8 tensor of the target, as it is stored, is written again; and why not."""
     scheme = fp8_scheme(target.config)
     if scheme is None or FP8 not in target.dtypes:
-        return {}, [Problem(target.uri, "has no FP8 weights with scales, which --requantize writes", _WITHOUT)]
+        return {}, [
+            Problem(target.uri, "has no FP8 weights with scales, which --requantize writes", "Leave out --requantize.")
+        ]
     if scheme.block is None:
         what = "has one scale for each tensor, which --requantize does not write: it would take all of it at once"
         return {}, [Problem(target.uri, what, _WITHOUT)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rv_distributed.checkpoint.inert import Inert, PickleError, load_inert
+from rv_distributed.checkpoint.inert import Inert, Named, PickleError, load_inert
 
 HERE = __name__
 
@@ -55,7 +55,7 @@ def test_data_of_every_kind_comes_back(protocol: int) -> None:
 def test_classes_are_stood_in_for(protocol: int) -> None:
     raw = pickle.dumps([Point(3, [4]), Called(), collections.OrderedDict(a=1)], protocol)
     names = (f"{HERE}.Point",)
-    point, called, mapping = load_inert(raw, names, {"collections.OrderedDict": dict})
+    point, called, mapping = load_inert(raw, names, {"collections.OrderedDict": Named})
     assert (point.name, point.field("x"), point.field("y"), point.field("z")) == (names[0], 3, [4], None)
     assert (called.name, called.args, called.state) == (names[0], (1, "two"), None)
     assert isinstance(point, Inert)
@@ -120,3 +120,19 @@ def test_stand_ins_cannot_be_changed_for_later() -> None:
         load_inert(raw, ("m.C",), {})
     made = load_inert(b"\x80\x02cm\nC\n)\x81.", ("m.C",), {})
     assert (made.state, made.args) == (None, ())
+
+
+def doubled(times: int) -> bytes:
+    """Instructions that leave behind a tuple of two of a tuple of two of …, on top of the others, and in place 0."""
+    return b")q\x00" + times * b"h\x00h\x00\x86q\x00"
+
+
+def test_what_would_take_forever_to_hash_is_no_key() -> None:
+    with pytest.raises(PickleError, match="key"):
+        load_inert(b"\x80\x02}(" + doubled(99) + b"u.", (), {})
+    ordered = b"ccollections\nOrderedDict\n"
+    pairs = doubled(99) + ordered + b"h\x00K\x01\x86\x85\x85R."
+    with pytest.raises(PickleError):
+        load_inert(b"\x80\x02" + pairs, (), {"collections.OrderedDict": Named})
+    with pytest.raises(PickleError):
+        load_inert(b"\x80\x02" + ordered + b")R}X\x03\x00\x00\x00getK\x01sb.", (), {"collections.OrderedDict": Named})
