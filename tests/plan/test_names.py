@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rv_distributed.checkpoint.model import Tensor
 from rv_distributed.plan.layouts import Part, is_transposed, parts_of
-from rv_distributed.plan.names import bare_name, renaming, is_known_buffer, pattern_of
+from rv_distributed.plan.names import bare_name, is_known_buffer, pattern_of, renaming
 
 
 @pytest.mark.parametrize(
