@@ -89,6 +89,7 @@ def _row(plan: Plan, output: int, tensor: TensorPlan, parts: tuple[PartDigest, .
         why=why,
         matched=tensor.matched,
         decoded=tensor.decoded,
+        input_dtypes=tensor.input_dtypes,
         v_norm=v_norm if measured else None,
         t_norm=t_norm if moves else None,
         v_t_ratio=ratio(v_norm, t_norm) if moves else None,

@@ -313,7 +313,7 @@ def test_an_adapter_on_an_fp8_base(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "zero", {"up.weight": Raw("F32", (300, 200), bytes(240_000))})
     rv.extract(f"{base}+{adapter}", str(tmp_path / "zero"), str(tmp_path / "out"))
     (row,) = read_table((tmp_path / "out" / "rv_tensors.parquet").read_bytes())
-    assert row.decoded == "donor lora of rank 3 on fp8 128×128"
+    assert row.decoded == "donor: lora of rank 3 on fp8 128×128"
     wanted = widen(dequantized(weight, scales)).reshape(300, 200) + delta(factors, 8 / 3)
     assert_same(read_checkpoint(tmp_path / "out"), {"up.weight": Raw("F32", (300, 200), wanted.tobytes())})
 
@@ -325,7 +325,7 @@ def test_tensors_without_an_adapter_are_copied_and_say_so(made: Made, tmp_path: 
     assert [item["role"] for item in plan["inputs"]] == ["target", "donor", "adapter", "reference"]
     text = transfer(made.base, f"{made.base}+{made.adapters[0]}", made.base, tmp_path / "out", "--dry-run").stdout
     assert f"   adapter  {made.adapters[0]}" in text
-    assert "LoRA adapter of rank 7, added" in text
+    assert "   decoded  adapter: lora of rank 7 (" in text
 
 
 def test_a_plus_in_a_name_is_a_plus_in_a_name(tmp_path: Path, made: Made) -> None:

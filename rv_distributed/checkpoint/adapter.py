@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
+from rv_distributed.checkpoint.bare_names import bare_name
 from rv_distributed.checkpoint.dtypes import ARITHMETIC
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
 from rv_distributed.checkpoint.sources import LowRank, Operand
@@ -30,8 +31,6 @@ _MERGE: Final = "Merge it with PEFT (merge_and_unload, then save_pretrained), an
 _CHECK_BASE: Final = "Give the base that the adapter was trained on."
 _FACTOR: Final = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 _INSIDE: Final = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
-#: Parts of names that some versions of a model have and others have not.
-_WRAPPERS: Final = frozenset({"base_model", "model", "language_model", "module", "_orig_mod"})
 #: Beyond it, float32 has infinity.
 _LARGEST_ALPHA: Final = 3.4e38
 _QUANTIFIERS: Final = re.compile(r"[*+?{]")
@@ -147,16 +146,12 @@ class _Names:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = set(names)
-        cores = {name: _core(name) for name in self._names}
-        counts = Counter(cores.values())
-        self._by_core = {core: name for name, core in cores.items() if counts[core] == 1}
+        bare = {name: bare_name(name) for name in self._names}
+        counts = Counter(bare.values())
+        self._by_bare_name = {core: name for name, core in bare.items() if counts[core] == 1}
 
     def find(self, name: str) -> str | None:
-        return name if name in self._names else self._by_core.get(_core(name))
-
-
-def _core(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        return name if name in self._names else self._by_bare_name.get(bare_name(name))
 
 
 def _no_base(adapter: Checkpoint, name: str, wanted: str) -> Problem:

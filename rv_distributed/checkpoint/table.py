@@ -51,7 +51,9 @@ class TensorRow(NamedTuple):
     matched: str
     """How the vector's elements were found, where not under the tensor's own name and shape; else empty."""
     decoded: str
-    """What its elements were decoded from, by role: ``donor fp8 128×128``; empty where they were only read."""
+    """What its elements were decoded from, by role: ``donor: fp8 128×128``; empty where they were only read."""
+    input_dtypes: str
+    """Dtypes of inputs that are others than ``dtype``, by role: ``donor: F32; reference: BF16``."""
     v_norm: float | None
     """‖v‖₂ of the vector, or of the weighted sum of several. Null when nothing was measured, as for the columns to
     ``inexact``."""
@@ -143,7 +145,9 @@ def _schema() -> Any:
     import pyarrow as pa
 
     types: dict[str, Any] = {
-        **dict.fromkeys(("name", "dtype", "shard", "digest", "rule", "why", "matched", "decoded"), pa.string()),
+        **dict.fromkeys(
+            ("name", "dtype", "shard", "digest", "rule", "why", "matched", "decoded", "input_dtypes"), pa.string()
+        ),
         "shape": pa.list_(pa.uint64()),
         "parts": pa.list_(pa.struct([("start", pa.int64()), ("stop", pa.int64()), ("digest", pa.string())])),
         "ulps": pa.list_(pa.int64()),

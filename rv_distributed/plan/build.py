@@ -117,8 +117,9 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
 
 def _rules_of_numbers(tensors: Sequence[TensorPlan]) -> Iterator[tuple[str, str]]:
-    """How inputs are decoded and outputs quantized, in words."""
+    """How elements change on their way from the inputs to the output, in words."""
     for rule, texts in (
+        ("dtypes", [f"{of} → {tensor.dtype}" for tensor in tensors if (of := tensor.input_dtypes)]),
         ("decoded", [tensor.decoded for tensor in tensors]),
         ("requantized", [tensor.requantized.described for tensor in tensors if tensor.requantized is not None]),
     ):

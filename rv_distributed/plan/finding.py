@@ -15,13 +15,13 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
+from rv_distributed.checkpoint.bare_names import bare_name
 from rv_distributed.checkpoint.config import is_untied, vocab_size
 from rv_distributed.checkpoint.dtypes import COMPUTABLE
 from rv_distributed.checkpoint.key_mapping import KeyRule
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
 from rv_distributed.checkpoint.sources import Source
 from rv_distributed.plan.layouts import Part, is_transposed, parts_of
-from rv_distributed.plan.names import bare_name
 from rv_distributed.recipe import Role
 
 _CHECK: Final = "Check that the inputs are the same model, or leave the tensor out with --exclude."

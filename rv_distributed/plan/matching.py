@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
+from rv_distributed.checkpoint.bare_names import is_known_buffer, pattern_of, renaming
 from rv_distributed.checkpoint.dtypes import COMPUTABLE, DTYPES
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
 from rv_distributed.checkpoint.sources import Source, shifted
@@ -18,7 +19,6 @@ from rv_distributed.errors import Problem
 from rv_distributed.plan.families import tokenizer_problems
 from rv_distributed.plan.finding import Finder, Found, Frame, Misfit
 from rv_distributed.plan.model import VectorOperand
-from rv_distributed.plan.names import is_known_buffer, pattern_of, renaming
 from rv_distributed.plan.numbers import SAME, difference
 from rv_distributed.plan.options import PlanOptions
 from rv_distributed.units import plural

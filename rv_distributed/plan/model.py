@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -131,9 +131,22 @@ class TensorPlan(NamedTuple):
     @property
     def decoded(self) -> str:
         """How its sources are decoded, in words for the tables; empty where they are only read."""
-        sources = (source for segment in self.segments for source in segment.by_role)
-        texts = (f"{role} {how}" for role, source in sources if (how := how_decoded(source)))
-        return ", ".join(dict.fromkeys(texts))
+        return self._of_sources(how_decoded)
+
+    @property
+    def input_dtypes(self) -> str:
+        """The dtypes of its sources, in words for the tables, but for those of its own dtype and those decoded."""
+        own = {self.dtype, "U8"}
+        return self._of_sources(lambda of: "" if how_decoded(of) or of.dtype in own else of.dtype)
+
+    def _of_sources(self, tell: Callable[[Source], str]) -> str:
+        """What is to be told of the sources, with their roles: ``donor, reference: BF16``."""
+        roles: dict[str, dict[str, None]] = {}
+        for segment in self.segments:
+            for role, source in segment.by_role:
+                if what := tell(source):
+                    roles.setdefault(what, {})[role] = None
+        return "; ".join(f"{', '.join(of)}: {what}" for what, of in roles.items())
 
     def is_opaque_in(self, segment: Segment) -> bool:
         """Whether a segment's bytes are copied without a look at what they mean."""

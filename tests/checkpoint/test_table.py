@@ -28,6 +28,7 @@ COMBINED = TensorRow(
     why="",
     matched="donor: model.language_model.layers.0.weight",
     decoded="",
+    input_dtypes="donor: F32",
     v_norm=0.1,
     t_norm=1e-300,
     v_t_ratio=0.25,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rv_distributed.checkpoint.bare_names import bare_name, is_known_buffer, pattern_of, renaming
 from rv_distributed.checkpoint.model import Tensor
 from rv_distributed.plan.layouts import Part, is_transposed, parts_of
-from rv_distributed.plan.names import bare_name, is_known_buffer, pattern_of, renaming
 
 
 @pytest.mark.parametrize(
