@@ -105,7 +105,8 @@ rows = st.builds(
     TensorRow,
     *(texts, texts, st.lists(naturals, max_size=3).map(tuple), texts, naturals, naturals, naturals, digests),
     st.lists(st.builds(PartDigest, naturals, naturals, digests), max_size=2).map(tuple),
-    *(texts, texts, texts, numbers, numbers, numbers, numbers, numbers, counts, numbers, numbers, numbers, numbers),
+    *(texts, texts, texts, texts, texts),
+    *(numbers, numbers, numbers, numbers, numbers, counts, numbers, numbers, numbers, numbers),
     *(counts, numbers, counts, numbers, counts, st.none() | st.lists(naturals, max_size=8).map(tuple), counts),
     *(naturals, naturals, naturals, counts),
 )
