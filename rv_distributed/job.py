@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from rv_distributed.checkpoint.distributed import METADATA_FILE
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint, all_folders
 from rv_distributed.checkpoint.pieces import PieceRow
@@ -193,7 +194,14 @@ class Job:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What was odd about the inputs but does not stop the run."""
-        return tuple(warning for checkpoint in self.opened.values() for warning in checkpoint.warnings)
+        found = [warning for checkpoint in self.opened.values() for warning in checkpoint.warnings]
+        frame = self.opened[self.recipe.frame]
+        if not frame.config and any(file.name == METADATA_FILE for file in frame.weight_files):
+            without = (
+                "holds no config.json, so the output has none: put the model's small files beside its weights first"
+            )
+            found.append(f"{frame.uri}: {without}")
+        return tuple(found)
 
     @property
     def rooms(self) -> tuple[Room, ...]:

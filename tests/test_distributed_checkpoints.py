@@ -170,6 +170,8 @@ def test_a_target_in_parts_keeps_its_integers(saved: Path, tmp_path: Path) -> No
     write_checkpoint(tmp_path / "other", other(np.random.default_rng(3), whole))
     done = transfer(saved / "mesh1", tmp_path / "other", saved / "mesh0", tmp_path / "out", "--alpha", "0")
     assert done.status == 0, done.stderr
+    assert f"{saved / 'mesh1'}: holds no config.json, so the output has none" in done.stderr
+    assert "mesh0: holds no config.json" not in done.stderr
     found = read_checkpoint(tmp_path / "out")
     assert {name: found[name] for name in whole} == whole
 
