@@ -27,7 +27,8 @@ from rv_distributed.checkpoint.table import read_table
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from lora_reference import delta, write_adapter
+from peft import LoraConfig, PeftModel, get_peft_model
 
 
 def llama(dtype: torch.dtype = torch.float32, *, tied: bool = False) -> Any:
@@ -184,28 +185,6 @@ def test_ordinary_factors_differ_from_peft_s_by_no_more_than_the_order_of_additi
 
 
 # What follows needs no PEFT: adapters are written here, and products are added up in the order that the README states.
-
-
-def write_adapter(folder: Path, factors: dict[str, tuple[Raw, Raw]], **config: object) -> Path:
-    """An adapter with factors (B, A) by module."""
-    tensors = {}
-    for module, (b, a) in factors.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b
-    write_checkpoint(folder, tensors)
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    stated = {"peft_type": "LORA", "r": next(iter(factors.values()))[1].shape[0], "lora_alpha": 8, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(stated))
-    return folder
-
-
-def delta(factors: tuple[Raw, Raw], scale: float) -> Any:
-    """``RN(scale·Σₖ b·a)``, with every product and every sum rounded to float32."""
-    b, a = (widen(raw).reshape(raw.shape) for raw in factors)
-    total = np.zeros((b.shape[0], a.shape[1]), np.float32)
-    for k in range(a.shape[0]):
-        total = total + b[:, k : k + 1] * a[k]
-    return np.float32(scale) * total
 
 
 #: Both longer and shorter than what is computed at once; the rank is no multiple of what is added up at a time.

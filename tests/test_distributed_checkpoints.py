@@ -74,6 +74,27 @@ def test_the_meshes_are_cut_as_they_should_be(saved: Path) -> None:
     assert (((0, 0), (150, 201)), ((0, 201), (150, 200)), ((150, 0), (150, 201)), ((150, 201), (150, 200))) in boxes
 
 
+@pytest.mark.parametrize("mesh", MESHES[:2])
+def test_shards_meet_other_names_and_layouts(saved: Path, tmp_path: Path, mesh: str) -> None:
+    """What is one tensor in many parts there is two tensors here, and named otherwise."""
+    (tmp_path / "rules").write_text("^a$ -> model.mlp.gate_up_proj.weight\n")
+    rng, whole = np.random.default_rng(7), read_checkpoint(saved / "whole")
+    names, half = [f"model.mlp.{part}_proj.weight" for part in ("gate", "up")], 2 * 150 * 401
+    halves = {
+        name: Raw("BF16", (150, 401), whole["a"].data[at : at + half])
+        for name, at in zip(names, (0, half), strict=True)
+    }
+    target, reference = other(rng, halves), {f"module.{name}": raw for name, raw in other(rng, halves).items()}
+    paths = [write_checkpoint(tmp_path / role, tensors) for role, tensors in (("t", target), ("b", reference))]
+    out = tmp_path / "out"
+    rules = f"--key-mapping={tmp_path / 'rules'}"
+    done = transfer(paths[0], saved / mesh, paths[1], out, "--alpha=0.7", "--include=mlp", rules)
+    assert done.status == 0, done.stderr
+    wanted = {name: combined(raw, [(halves[name], reference[f"module.{name}"])], [0.7]) for name, raw in target.items()}
+    assert_same(read_checkpoint(out), wanted)
+    assert "   decoded  donor: 4 parts (2 tensors)" in done.stdout
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("role", ["target", "donor", "reference"])
 def test_shards_of_every_kind_are_gathered_to_the_bit(saved: Path, tmp_path: Path, mesh: str, role: str) -> None:

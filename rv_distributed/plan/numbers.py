@@ -11,7 +11,7 @@ from rv_distributed.checkpoint.adapter import adapted
 from rv_distributed.checkpoint.dtypes import ARITHMETIC
 from rv_distributed.checkpoint.fp8 import dequantized
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
-from rv_distributed.checkpoint.sources import BlockScaled, Gathered, LowRank, Source
+from rv_distributed.checkpoint.sources import BlockScaled, Gathered, LowRank, Source, shifted
 from rv_distributed.errors import Problem
 from rv_distributed.plan.model import VectorOperand
 
@@ -63,4 +63,7 @@ def difference(vector: int, plus: Source, minus: Source | None) -> VectorOperand
 
 
 def _base(source: Source | None) -> Source | None:
-    return source.base if isinstance(source, LowRank) else source
+    """What an adapter is added to, from the same element on; of what has none, itself."""
+    if not isinstance(source, LowRank):
+        return source
+    return source.base and shifted(source.base, source.first)

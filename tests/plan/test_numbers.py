@@ -7,7 +7,7 @@ from dataclasses import replace
 from fp8_reference import fp8_config
 from reference import described
 
-from rv_distributed.checkpoint.sources import BlockScaled, Box, Gathered, LowRank, Operand
+from rv_distributed.checkpoint.sources import BlockScaled, Box, Gathered, LowRank, Operand, shifted
 from rv_distributed.plan import PlanOptions, as_numbers, make_plan, task_of
 from rv_distributed.plan.model import Requantized, VectorOperand
 from rv_distributed.plan.numbers import difference
@@ -22,6 +22,9 @@ def test_a_base_that_both_sides_stand_on_is_left_out() -> None:
     assert difference(3, ONE, BASE) == VectorOperand(3, ONE._replace(base=None), None)
     assert difference(3, BASE, ONE) == VectorOperand(3, ONE._replace(base=None, scale=-0.5), None)
     assert difference(0, ONE, OTHER) == VectorOperand(0, ONE._replace(base=None), OTHER._replace(base=None))
+    assert difference(0, shifted(ONE, -3), shifted(BASE, -3)) == VectorOperand(
+        0, ONE._replace(base=None, first=-3), None
+    )
 
 
 def test_the_same_from_the_same_place_is_no_vector() -> None:
@@ -32,6 +35,7 @@ def test_the_same_from_the_same_place_is_no_vector() -> None:
 def test_everything_else_is_subtracted_as_it_is() -> None:
     elsewhere = BASE._replace(offset=2)
     assert difference(0, ONE, elsewhere) == VectorOperand(0, ONE, elsewhere)
+    assert difference(0, shifted(ONE, 3), BASE) == VectorOperand(0, shifted(ONE, 3), BASE)
     assert difference(0, BASE, None) == VectorOperand(0, BASE, None)
     assert difference(0, ONE, None) == VectorOperand(0, ONE, None)
 
