@@ -89,6 +89,11 @@ def test_every_mixture_is_computed_in_its_own_precision(models: Path) -> None:
     found, said = transferred(models)
     assert_same(found, wanted(models))
     assert "64 computed" in said
+    assert "    dtypes  " in said
+    dtypes = {name: row.input_dtypes for name, row in rows_of(models / "out").items()}
+    assert dtypes["F16-F32-BF16.weight"] == "donor: F32; reference: BF16"
+    assert dtypes["BF16-F64-F64.weight"] == "donor, reference: F64"
+    assert dtypes["F32-F32-F32.weight"] == ""
 
 
 @pytest.mark.parametrize(("option", "dtype"), [("bfloat16", "BF16"), ("float32", "F32")])
