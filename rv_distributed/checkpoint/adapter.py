@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from rv_distributed.checkpoint.bare_names import bare_name
 from rv_distributed.checkpoint.dtypes import ARITHMETIC
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
-from rv_distributed.checkpoint.sources import LowRank, Operand
+from rv_distributed.checkpoint.sources import LowRank
 from rv_distributed.errors import Problem
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -83,7 +83,7 @@ def adapted(base: Checkpoint, adapter: Checkpoint) -> tuple[dict[str, Tensor], l
 
 
 def _config_problems(adapter: Checkpoint) -> list[Problem]:
-    config, where = adapter.config, f"{adapter.uri}/{ADAPTER_CONFIG}"
+    config, where = adapter.config, adapter.path(ADAPTER_CONFIG)
     kind = config.get("peft_type")
     if kind != "LORA":
         return [Problem(where, f"has the peft_type {kind!r:.80}; LORA is read", _MERGE)]
@@ -169,7 +169,7 @@ def _low_rank(base: Checkpoint, weight: Tensor, adapter: Checkpoint, module: str
         return Problem(adapter.uri, what, _CHECK_BASE, pair.a)
     if scale is None:
         what = f"says no rank of {rank} or no alpha for {module}"
-        return Problem(f"{adapter.uri}/{ADAPTER_CONFIG}", what, "Save the adapter again.")
+        return Problem(adapter.path(ADAPTER_CONFIG), what, "Save the adapter again.")
     source = base.source(weight)
     if isinstance(source, LowRank):
         return Problem(adapter.uri, f"has two adapters for {module}", "Save the adapter again.", pair.a)
@@ -177,10 +177,7 @@ def _low_rank(base: Checkpoint, weight: Tensor, adapter: Checkpoint, module: str
         if dtype not in ARITHMETIC:
             what = f"has factors {a.dtype} and {b.dtype} for a base in {weight.dtype}; read are {', '.join(ARITHMETIC)}"
             return Problem(adapter.uri, what, _MERGE, pair.a)
-    first, second = (
-        Operand(f"{adapter.uri}/{factor.file}", factor.start, factor.dtype)
-        for factor in ((a, b) if is_transposed else (b, a))
-    )
+    first, second = map(adapter.stored, (a, b) if is_transposed else (b, a))
     rows, columns = weight.shape
     return LowRank(source, first, second, rank, rows, columns, scale, is_transposed)
 

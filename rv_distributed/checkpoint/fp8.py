@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
-from rv_distributed.checkpoint.sources import BlockScaled, Operand
+from rv_distributed.checkpoint.sources import BlockScaled
 from rv_distributed.errors import Problem
 
 FP8: Final = "F8_E4M3"
@@ -103,8 +103,4 @@ def _block_scaled(checkpoint: Checkpoint, name: str, scheme: Fp8Scheme) -> Block
     if scales.shape != expected:
         what = f"has shape {list(weight.shape)} and scales of shape {list(scales.shape)}, not {list(expected)}"
         return Problem(checkpoint.uri, f"{what} for blocks of {high}×{wide}", _DOWNLOAD_AGAIN, name)
-    return BlockScaled(_operand(checkpoint, weight), _operand(checkpoint, scales), rows, columns, (high, wide))
-
-
-def _operand(checkpoint: Checkpoint, tensor: Tensor) -> Operand:
-    return Operand(f"{checkpoint.uri}/{tensor.file}", tensor.start, tensor.dtype)
+    return BlockScaled(checkpoint.stored(weight), checkpoint.stored(scales), rows, columns, (high, wide))

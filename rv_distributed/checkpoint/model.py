@@ -84,9 +84,17 @@ class Checkpoint:
         """Itself and its adapter."""
         return (self,) if self.adapter is None else (self, self.adapter)
 
+    def path(self, name: str) -> str:
+        """One of its files, by its name inside."""
+        return join(self.uri, name)
+
+    def stored(self, tensor: Tensor) -> Operand:
+        """The bytes of a tensor that lies in one range of a file."""
+        return Operand(self.path(tensor.file), tensor.start, tensor.dtype)
+
     def source(self, tensor: Tensor) -> Source:
         """Where the elements of one of its tensors come from."""
-        return tensor.source or Operand(join(self.uri, tensor.file), tensor.start, tensor.dtype)
+        return tensor.source or self.stored(tensor)
 
     @property
     def parameters(self) -> int:

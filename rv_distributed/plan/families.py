@@ -76,8 +76,8 @@ def family_problems(inputs: Sequence[Checkpoint], options: PlanOptions) -> list[
                 options.vocab_mismatch == "overlap" or not _has_rows(inputs, (value, expected), options)
             ):
                 continue
-            what = f"has {field} {value!r:.80}, but {first.uri}/config.json has {expected!r:.80}"
-            problems.append(Problem(f"{checkpoint.uri}/config.json", what, _REMEDIES[kind]))
+            what = f"has {field} {value!r:.80}, but {first.path('config.json')} has {expected!r:.80}"
+            problems.append(Problem(checkpoint.path("config.json"), what, _REMEDIES[kind]))
     return problems
 
 
@@ -135,7 +135,7 @@ def quantization_problem(checkpoint: Checkpoint) -> Problem | None:
         method = str(stated.get("quant_method", unnamed)).lower()
         if method in _CONVERTERS or not is_ordinary:
             what = f"says that the weights are quantized: its quant_method is {method!r:.80}"
-            return Problem(f"{checkpoint.uri}/config.json", what, _remedy(method))
+            return Problem(checkpoint.path("config.json"), what, _remedy(method))
     for name in () if is_ordinary else checkpoint.tensors:
         for mark, method in _MARKS.items():
             if name.endswith(mark):

@@ -81,7 +81,7 @@ def _scale_differences(
     if how is not None:
         made = np.frombuffer(scales.raw[0], np.uint8)
         start = how.scales_at + scales.band * made.size
-        own = _read(f"{folder}/{how.scales_shard}", stored, start, start + made.size, (how.scales_name,))
+        own = _read(join(folder, how.scales_shard), stored, start, start + made.size, (how.scales_name,))
         yield from _difference(how.scales_shard, how.scales_name, start, made, own)
 
 
