@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rv_distributed.recipe_files.loaded import LoadedRecipe
     from rv_distributed.recipe_files.reading import load_recipe
     from rv_distributed.runtime.select import RunOptions
+    from rv_distributed.small_files import read_key_mapping
     from rv_distributed.verification import verify, verify_against_inputs
     from rv_distributed.watching import Progress, Share
 
@@ -82,6 +83,7 @@ __all__ = [
     "open_checkpoint",
     "prepare",
     "push",
+    "read_key_mapping",
     "run",
     "transfer",
     "verify",
@@ -127,6 +129,7 @@ _HOMES = {
     "load_recipe": "rv_distributed.recipe_files.reading",
     "prepare": "rv_distributed.job",
     "push": "rv_distributed.api",
+    "read_key_mapping": "rv_distributed.small_files",
     "run": "rv_distributed.api",
     "transfer": "rv_distributed.api",
     "verify": "rv_distributed.verification",
