@@ -20,8 +20,8 @@ from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.finding import Finder, Frame
 from rv_distributed.plan.layout import cut_pieces, lay_out
-from rv_distributed.plan.matching import Match, Pair, Side, match
-from rv_distributed.plan.model import Plan, PlannedInput, PlannedSidecar, Rule, Segment, TensorPlan
+from rv_distributed.plan.matching import Match, Matching, Pair, Side, match
+from rv_distributed.plan.model import Plan, PlannedInput, PlannedSidecar, Rule, Segment, ShardPlan, TensorPlan
 from rv_distributed.plan.numbers import as_numbers, copied, is_stored
 from rv_distributed.plan.options import PlanOptions
 from rv_distributed.plan.requantize import Draft, is_of_scales, requantized, with_places
@@ -52,10 +52,43 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     problems += misfits(list(stored.values()), options) if pairs else []
     matching = match(Frame(frame, recipe.frame_role), pairs, options)
     problems += [*matching.problems, *_giver_problems(frame, giver)]
-    left_out = list(matching.left_out)
-    drafts: list[Draft] = []
+    drafts, left_out = _drafts(frame, matching, weigher, recipe, wanted)
+    if pairs and not problems and not any(draft.rule == "combine" for draft in drafts):
+        problems.append(_nothing_to_compute(frame, pairs, drafts, options))
+    scales: list[Draft] = []
+    if options.requantize:
+        drafts, scales, wrong = requantized(drafts, stored[recipe.frame], weigher.of("", ()))
+        problems += wrong
+    if problems:
+        raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))
+
+    shards, tensors = _laid_out([*drafts, *scales], len(scales), options.max_shard_bytes)
+    return Plan(
+        operation=recipe.operation,
+        inputs=_inputs(recipe, opened, options),
+        alphas=weigher.stated,
+        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed, recipe.order),
+        stats=options.stats,
+        tensors=tensors,
+        shards=shards,
+        # The shards of scales come out of the pieces of the others.
+        pieces=cut_pieces([0 if is_of_scales(shard, tensors) else shard.size for shard in shards], options.piece_bytes),
+        left_out=(*matching.left_out, *left_out),
+        giver=giver.uri,
+        sidecars=tuple(PlannedSidecar(owner.uri, file.name, file.size) for owner, file in sidecars_of(frame, giver)),
+        files_left_out=giver.left_out,
+        rules=(*matching.rules, *_rules_of_numbers(tensors)),
+        options=(*options.recorded(wanted), *_sum_options(recipe)),
+    )
+
+
+def _drafts(
+    frame: Checkpoint, matching: Matching, weigher: Weigher, recipe: Recipe, wanted: str
+) -> tuple[list[Draft], list[tuple[str, str]]]:
+    """What becomes of each tensor of the frame, and those that an extract leaves out, each with the reason."""
+    drafts, left_out = [], []
     for (name, tensor), matched in zip(frame.tensors.items(), matching.tensors, strict=True):
-        if extracting and not matched.stretches:
+        if recipe.operation == "extract" and not matched.stretches:
             left_out.append((name, matched.why))
             continue
         own = frame.source(tensor), copied(frame, tensor)
@@ -66,27 +99,31 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         rule: Rule = "combine" if segments else "copy" if dtype == tensor.dtype and is_stored(tensor) else "cast"
         segments = segments or (Segment(tensor.elements, own[1], (), weigher.of(name, ())),)
         drafts.append(Draft(name, tensor, rule, dtype, segments, matched.why, matched.matched))
-    if pairs and not problems and not any(draft.rule == "combine" for draft in drafts):
-        if any(draft.why == "alpha is 0" for draft in drafts):
-            raise UsageError("the alphas are 0 for every tensor")
-        if options.is_selective:
-            raise UsageError("--include and --exclude leave no tensor to compute")
-        others = dict.fromkeys(side.finder.checkpoint.name for pair in pairs for side in pair.sides)
-        what = f"has no tensor in common with {', '.join(name for name in others if name != frame.name)}"
-        problems.append(Problem(frame.uri, what, "Check that all inputs are models of one architecture."))
-    scales: list[Draft] = []
-    if options.requantize:
-        drafts, scales, wrong = requantized(drafts, stored[recipe.frame], weigher.of("", ()))
-        problems += wrong
-    if problems:
-        raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))
+    return drafts, left_out
 
-    drafts += scales
+
+def _nothing_to_compute(
+    frame: Checkpoint, pairs: Sequence[Pair], drafts: Sequence[Draft], options: PlanOptions
+) -> Problem:
+    """Why no tensor would be computed. Raises UsageError when it was asked for."""
+    if any(draft.why == "alpha is 0" for draft in drafts):
+        raise UsageError("the alphas are 0 for every tensor")
+    if options.is_selective:
+        raise UsageError("--include and --exclude leave no tensor to compute")
+    others = dict.fromkeys(side.finder.checkpoint.name for pair in pairs for side in pair.sides)
+    what = f"has no tensor in common with {', '.join(name for name in others if name != frame.name)}"
+    return Problem(frame.uri, what, "Check that all inputs are models of one architecture.")
+
+
+def _laid_out(
+    drafts: Sequence[Draft], scales: int, max_shard_bytes: int
+) -> tuple[tuple[ShardPlan, ...], tuple[TensorPlan, ...]]:
+    """The shards, and the tensors with their places in them; the last ``scales`` drafts lie in shards of their own."""
     try:
         shards = lay_out(
             [(d.name, d.dtype, d.tensor.shape, tensor_bytes(d.dtype, d.tensor.shape)) for d in drafts],
-            options.max_shard_bytes,
-            apart=len(scales),
+            max_shard_bytes,
+            apart=scales,
         )
     except HeaderError as error:
         raise UsageError(f"{error.what}; choose a smaller --max-shard-size") from None
@@ -97,23 +134,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
             cut = _cut(segments, dtype, end - start)
             tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, cut, why, as_, how))
-    return Plan(
-        operation=recipe.operation,
-        inputs=_inputs(recipe, opened, options),
-        alphas=weigher.stated,
-        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed, recipe.order),
-        stats=options.stats,
-        tensors=with_places(tensors, [shard.name for shard in shards]),
-        shards=shards,
-        # The shards of scales come out of the pieces of the others.
-        pieces=cut_pieces([0 if is_of_scales(shard, tensors) else shard.size for shard in shards], options.piece_bytes),
-        left_out=tuple(left_out),
-        giver=giver.uri,
-        sidecars=tuple(PlannedSidecar(owner.uri, file.name, file.size) for owner, file in sidecars_of(frame, giver)),
-        files_left_out=giver.left_out,
-        rules=(*matching.rules, *_rules_of_numbers(tensors)),
-        options=(*options.recorded(wanted), *_sum_options(recipe)),
-    )
+    return shards, with_places(tensors, [shard.name for shard in shards])
 
 
 def _rules_of_numbers(tensors: Sequence[TensorPlan]) -> Iterator[tuple[str, str]]:
