@@ -178,7 +178,7 @@ def write_tokenizer(folder: Path) -> None:
     document = {
         "version": "1.0",
         "added_tokens": special,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(?s)."}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False},
         "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "vocab": VOCABULARY, "unk_token": tokens[UNKNOWN]},
     }

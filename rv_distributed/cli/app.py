@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from rv_distributed import __version__
-from rv_distributed.cli import bench, demo, inspect, merge, report, submit, verify
+from rv_distributed.cli import bench, demo, evaluate, inspect, merge, report, submit, verify
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
@@ -31,6 +31,7 @@ app.command()(merge.transfer)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
 app.command()(report.report)
+app.command("eval")(evaluate.evaluate)
 app.command()(bench.bench)
 app.command()(demo.demo)
 # Options behind the name of the command that is submitted are that command's.

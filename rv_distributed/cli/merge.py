@@ -45,7 +45,7 @@ def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alph
       rv apply --target instruct --vector math=0.5 --vector code=-0.3 --out out
     """
     named = [_split(text) for text in vector]
-    alphas = _alphas(alpha)
+    alphas = parse_alphas(alpha)
     rows = tuple(tuple(value if own is None else own for _, own in named) for _, value in alphas)
     _run(Recipe("apply", target, tuple(Vector(path) for path, _ in named), rows), _outs(out, alphas), common)
 
@@ -61,7 +61,7 @@ def transfer(
       rv transfer --target instruct --donor grpo --reference sft --alpha 0.7 --out out
       rv transfer --target instruct --donor grpo --reference sft --alpha 0.5,0.7,1.0 --out 'out-{alpha}'
     """
-    alphas = _alphas(alpha)
+    alphas = parse_alphas(alpha)
     rows = tuple((value,) for _, value in alphas)
     _run(Recipe("transfer", target, (Vector(donor, reference),), rows), _outs(out, alphas), common)
 
@@ -82,7 +82,7 @@ def _split(text: str) -> tuple[str, float | None]:
         return text, None
 
 
-def _alphas(text: str) -> list[tuple[str, float]]:
+def parse_alphas(text: str) -> list[tuple[str, float]]:
     """Each alpha as it was written and as a number."""
     try:
         return [(part.strip(), float(part)) for part in text.split(",")]

@@ -6,11 +6,14 @@ task of Ray, which loads the model when it is another one than before.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -18,15 +21,13 @@ from blake3 import blake3
 
 from rv_distributed.errors import InputError, Problem, RunError, UsageError, one_line
 from rv_distributed.evaluation.in_memory import Mover
-from rv_distributed.evaluation.model import Answers, Ask, Item, Means, Pair, Variant
+from rv_distributed.evaluation.model import CONSENT_VARIABLE, Answers, Ask, Item, Means, Pair, Variant
 from rv_distributed.evaluation.perturbations import perturb, renaming
 
 #: Whether an item's question was changed; beside its own fields.
 _CHANGED: Final = "rv_question_changed"
 #: What must not come with the model's arguments: code from a checkpoint is never run, and the model is the pair's own.
 _REFUSED_ARGS: Final = ("pretrained", "trust_remote_code", "peft", "delta", "tokenizer", "batch_size", "device")
-#: The consent to run code, as the library that runs it reads it.
-CONSENT_VARIABLE: Final = "HF_ALLOW_CODE_EVAL"
 
 
 class Asked(NamedTuple):
@@ -46,7 +47,7 @@ def check_tasks(asks: Sequence[Ask], means: Means) -> dict[Ask, Asked]:
     manager, found, problems = _manager([ask.task for ask in asks], means), {}, []
     for ask in asks:
         try:
-            _, tasks = _load(manager, ask)
+            tasks = _load(manager, ask)["tasks"]
         except InputError as error:
             problems += error.problems
             continue
@@ -66,30 +67,37 @@ def check_tasks(asks: Sequence[Ask], means: Means) -> dict[Ask, Asked]:
 
 def model_arguments(means: Means) -> dict[str, Any]:
     """The arguments of the harness's model. Raises UsageError."""
-    from lm_eval.utils import simple_parse_args_string
-
-    try:
-        given: dict[str, Any] = simple_parse_args_string(means.model_args)
-    except ValueError as error:
-        raise UsageError(f"--model-args: {means.model_args!r} is not KEY=VALUE,…") from error
+    given = _arguments(means.model_args, "--model-args")
     if refused := [name for name in given if name in _REFUSED_ARGS]:
         raise UsageError(f"--model-args: {', '.join(refused)} cannot be given here; the models are rv eval's own")
     return given
 
 
+def _arguments(text: str, option: str) -> dict[str, Any]:
+    from lm_eval.utils import simple_parse_args_string
+
+    if not all("=" in part for part in text.split(",") if part):
+        raise UsageError(f"{option}: {text!r} is not KEY=VALUE,…")
+    found: dict[str, Any] = simple_parse_args_string(text)
+    return found
+
+
 def _manager(names: Sequence[str], means: Means) -> Any:
     """A task manager that knows the tasks; the harness's own 14,000 are read only when they are asked for."""
-    # The harness loads modules for its progress and its warnings, which are not those of this command.
+    # What they tell of their own progress is not of this command.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    import datasets
     from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
 
     manager = TaskManager(include_path=list(means.task_paths), include_defaults=False)
     known = set(manager.all_tasks)
     return manager if set(names) <= known else TaskManager(include_path=list(means.task_paths))
 
 
-def _load(manager: Any, ask: Ask) -> tuple[list[Any], dict[str, Any]]:
-    """What an ask means, as the harness evaluates it, and the tasks in it by name, with their questions perturbed.
+def _load(manager: Any, ask: Ask) -> dict[str, Any]:
+    """What an ask means, as the harness's ``evaluate`` takes it: tasks and groups, set up as they are to be asked.
 
     Raises InputError.
     """
@@ -101,14 +109,16 @@ def _load(manager: Any, ask: Ask) -> tuple[list[Any], dict[str, Any]]:
     except Exception as error:
         remedy = "Check the task's files and, for its data, the network or the cache of data sets."
         raise InputError([Problem(ask.task, f"cannot be loaded: {_brief(error)}", remedy)]) from error
-    tasks: dict[str, Any] = loaded["tasks"]
-    for name, task in tasks.items():
+    for name, task in loaded["tasks"].items():
+        if ask.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
+            task.set_config("generation_kwargs", _arguments(ask.gen_kwargs, "--gen-kwargs"), update=True)
         if ask.num_fewshot is not None:
             task.set_config("num_fewshot", ask.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
         if ask.perturbation is not None:
             _perturb(name, task, ask, ask.perturbation)
-    group = loaded["groups"].get(ask.task)
-    return [group] if group is not None else list(tasks.values()), tasks
+    return dict(loaded)
 
 
 def _perturb(name: str, task: Any, ask: Ask, perturbation: str) -> None:
@@ -173,29 +183,28 @@ class Harness:
         self._model: Any = None
         self._mover: Mover | None = None
         self._alpha: float | None = None
-        self._tasks: dict[Ask, list[Any]] = {}
+        self._tasks: dict[Ask, dict[str, Any]] = {}
 
     def answer(self, pair: Pair) -> Answers:
         """Have a model answer a task. Raises InputError, RunError, and whatever the harness raises."""
         began = time.monotonic()
         model, ask = self._loaded(pair.variant), pair.ask
-        # After the model: its backend decides on logging too.
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.evaluator import evaluate
 
         if ask not in self._tasks:
-            self._tasks[ask], _ = _load(_manager([ask.task], self._means), ask)
-        results = simple_evaluate(
-            model=model,
-            tasks=self._tasks[ask],
-            task_manager=_manager((), self._means),
-            limit=ask.limit,
-            gen_kwargs=ask.gen_kwargs or None,
-            apply_chat_template=ask.apply_chat_template,
-            bootstrap_iters=0,
-            log_samples=True,
-            confirm_run_unsafe_code=self._means.run_unsafe_code,
-        )
+            self._tasks[ask] = _load(_manager([ask.task], self._means), ask)
+        _seed(self._tasks[ask]["tasks"].values())
+        with nullcontext() if self._means.shows_progress else redirect_stderr(io.StringIO()):
+            results = evaluate(
+                lm=model,
+                task_dict=self._tasks[ask],
+                limit=ask.limit,
+                apply_chat_template=ask.apply_chat_template,
+                fewshot_as_multiturn=ask.apply_chat_template,
+                bootstrap_iters=0,
+                log_samples=True,
+                confirm_run_unsafe_code=self._means.run_unsafe_code,
+            )
         metric, items = items_of(ask, results["samples"])
         aggregates = json.loads(json.dumps(results["results"], default=_plain))
         return Answers(metric, items, aggregates, time.monotonic() - began)
@@ -233,6 +242,18 @@ def _device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _seed(tasks: Iterable[Any]) -> None:
+    """Set all generators as the harness's own command does, so that every model gets the same examples."""
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for task in tasks:
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def items_of(ask: Ask, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str, tuple[Item, ...]]:

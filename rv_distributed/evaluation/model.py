@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple
 
 from rv_distributed.plan import Plan
 from rv_distributed.recipe import show_alpha
 
 Backend = Literal["hf", "vllm"]
+
+#: The consent to run code that a model wrote, as the library reads it that the harness runs it with.
+CONSENT_VARIABLE: Final = "HF_ALLOW_CODE_EVAL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class Means:
     """Folders with tasks of one's own."""
     run_unsafe_code: bool = False
     """The consent that the harness wants before it runs code that a model wrote."""
+    shows_progress: bool = False
+    """Whether the harness's own progress bars are wanted, on stderr."""
 
 
 class Variant(NamedTuple):
@@ -80,7 +85,8 @@ def show_variant(alpha: float) -> str:
     return f"target {'−' if alpha < 0 else '+'} {scale}v"
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
     """One model and one task: the unit of scheduling, of failure and of resume."""
 
     variant: Variant
@@ -127,8 +133,3 @@ class Failed(NamedTuple):
 
     pair: str
     cause: str
-
-
-def ask_document(ask: Ask) -> dict[str, Any]:
-    """How a task is asked, as JSON values."""
-    return asdict(ask)

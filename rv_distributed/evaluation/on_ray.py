@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from rv_distributed.errors import RvError
 from rv_distributed.evaluation.local import failed
-from rv_distributed.evaluation.model import Answers, Failed, Means, Pair
+from rv_distributed.evaluation.model import CONSENT_VARIABLE, Answers, Ask, Failed, Means, Pair, Variant
 from rv_distributed.runtime.on_ray import RayRuntime
+from rv_distributed.runtime.on_ray.pool import brief, wait
 from rv_distributed.runtime.select import RunOptions
 
 #: How often Ray starts a task again whose process or node was lost.
@@ -26,8 +26,41 @@ def run_on_ray(pairs: Sequence[Pair], means: Means, options: RunOptions) -> Iter
 
     Raises UsageError when the cluster cannot be reached or lacks what is asked for.
     """
+    # The harness asks the process that runs code, and that is another one now.
+    consent = os.environ.get(CONSENT_VARIABLE)
     with RayRuntime(options, pieces=len(pairs), buffer_bytes=0) as runtime:
         wanted: dict[str, Any] = {"num_gpus": 1} if runtime.uses_gpus else {"num_cpus": options.cpus_per_worker}
         task = ray.remote(_answer).options(max_retries=_RETRIES, scheduling_strategy="SPREAD", **wanted)
-        variants = {pair.variant: ray.put(pair.variant) for pair in pairs}
-        calls = {task.remote(pair._replace(...), means): pair for pair in pairs}
+        # With its plan a variant of a large model is megabytes, and goes to a node once.
+        variants = {pair.variant.identity: ray.put(pair.variant) for pair in pairs}
+        calls = {task.remote(variants[p.variant.identity], p.ask, p.identity, means, consent): p for p in pairs}
+        try:
+            while calls:
+                for call in wait(list(calls), _WAIT_S):
+                    yield calls[call], _result(call, calls.pop(call))
+        finally:
+            for call in calls:
+                ray.cancel(call, force=True)
+
+
+def _answer(variant: Variant, ask: Ask, identity: str, means: Means, consent: str | None) -> Answers | Failed:
+    """Answer a pair in a process of Ray's. What goes wrong comes back as a value: Ray would print it, too."""
+    from rv_distributed.evaluation.harness import Harness
+
+    if consent is not None:
+        os.environ[CONSENT_VARIABLE] = consent
+    pair = Pair(variant, ask, identity)
+    try:
+        return Harness(means).answer(pair)
+    except Exception as error:
+        return failed(pair, error)
+
+
+def _result(call: Any, pair: Pair) -> Answers | Failed:
+    try:
+        found: Answers | Failed = ray.get(call)
+    except RayTaskError as error:
+        return Failed(pair.label, f"a worker failed: {error.cause!r}")
+    except RayError as error:
+        return Failed(pair.label, brief(error))
+    return found

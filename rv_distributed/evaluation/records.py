@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import asdict
 from typing import Any, Final
 
-from rv_distributed.evaluation.model import Answers, Item, Pair, ask_document
+from rv_distributed.evaluation.model import Answers, Item, Pair
 from rv_distributed.storage.publish import write_durably
 
 SCHEMA_VERSION: Final = 1
@@ -27,7 +28,7 @@ def write_record(out: str, pair: Pair, answers: Answers) -> None:
         "schema_version": SCHEMA_VERSION,
         "identity": pair.identity,
         "alpha": pair.variant.alpha,
-        "asked": ask_document(pair.ask),
+        "asked": asdict(pair.ask),
         "metric": answers.metric,
         "seconds": answers.seconds,
         "harness": answers.harness,
