@@ -1,4 +1,4 @@
-"""``rv eval``: is the vector any good? The target and its moved twins, side by side on tasks of lm-evaluation-harness."""
+"""``rv eval``: is the vector any good? The target beside the moved target, on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ Minus = Annotated[bool, typer.Option("--minus", help="Evaluate also target − v
 Tasks = Annotated[
     str | None, typer.Option("--tasks", help="Tasks or groups of lm-evaluation-harness.", metavar="NAME[,…]")
 ]
-Suite = Annotated[str | None, typer.Option("--suite", help="paper: the benchmarks of arXiv 2509.01363.", metavar="NAME")]
+Suite = Annotated[
+    str | None, typer.Option("--suite", help="paper: the benchmarks of arXiv 2509.01363.", metavar="NAME")
+]
 TaskPath = Annotated[
     list[str] | None, typer.Option("--task-path", help="Folder with tasks of your own; repeat.", metavar="PATH")
 ]
@@ -68,7 +70,9 @@ ModelArgs = Annotated[
 ]
 Consent = Annotated[
     bool,
-    typer.Option("--confirm-run-unsafe-code", help="The harness's consent to run code that a model wrote, as humaneval does."),
+    typer.Option(
+        "--confirm-run-unsafe-code", help="The harness's consent to run code that a model wrote, as humaneval does."
+    ),
 ]
 
 
@@ -162,7 +166,8 @@ def evaluate(
             causes.setdefault(failure.cause, []).append(failure.pair)
         for cause, pairs in causes.items():
             warn(f"rv: {one_line('; '.join(pairs))}: {one_line(cause)}")
-        warn(f"rv: {len(evaluation.failed)} of {len(job.pairs)} failed; the others are kept: run the same command again.")
+        failed = f"{len(evaluation.failed)} of {len(job.pairs)}"
+        warn(f"rv: {failed} failed. Run the same command again: what is finished is kept.")
         raise typer.Exit(1)
 
 
@@ -237,16 +242,14 @@ def plan_document(job: EvaluationJob) -> dict[str, Any]:
 
 
 def _tell(progress: Progress) -> None:
-    found = progress.answers
     # What failed is told at the end, with its cause.
-    what = f"{sum(item.score for item in found.items) / max(1, len(found.items)):.4f}" if hasattr(found, "items") else "failed"
-    took = f" ({show_seconds(found.seconds)})" if hasattr(found, "seconds") else ""
-    warn(f"{progress.done:>4}/{progress.total}  {one_line(progress.pair.label)}: {what}{took}")
+    found = "failed" if progress.mean is None else f"{progress.mean:.4f}"
+    took = show_seconds(progress.seconds)
+    warn(f"{progress.done:>4}/{progress.total}  {one_line(progress.pair.label)}: {found} ({took})")
 
 
 def _log(progress: Progress) -> None:
-    failed = not hasattr(progress.answers, "items")
-    fields = {"task": progress.pair.ask.label, "alpha": progress.pair.variant.alpha, "failed": failed}
+    fields = {"task": progress.pair.ask.label, "alpha": progress.pair.variant.alpha, "mean": progress.mean}
     _LOG.info("evaluated", extra={"fields": {**fields, "pairs": progress.done, "pairs_total": progress.total}})
 
 

@@ -14,13 +14,18 @@ from rv_distributed.storage.publish import write_durably
 
 
 def report(
-    outs: Annotated[list[str], typer.Argument(help="Folder of an output; several are compared.", metavar="OUT...")],
+    outs: Annotated[
+        list[str] | None, typer.Argument(help="Folder of an output; several are compared.", metavar="[OUT...]")
+    ] = None,
     form: Annotated[
         Literal["html", "md"], typer.Option("--format", help="html: one page with figures; md: tables.")
     ] = "html",
     out: Annotated[
         str | None,
         typer.Option(help="File to write, or - for stdout; NAME.report.html here if not given.", metavar="FILE"),
+    ] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Folder of an rv eval; its results come first.", metavar="PATH")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
@@ -30,14 +35,17 @@ def report(
     Examples:
       rv report out
       rv report out-0.5 out-0.7 out-1.0 --out sweep.html
+      rv report out --eval eval
     """
     from rv_distributed.report import report as make_report
 
-    name = os.path.basename(os.path.abspath(outs[0])) if len(outs) == 1 else "comparison"
+    outs = outs or []
+    named = outs if outs or evaluation is None else [evaluation]
+    name = os.path.basename(os.path.abspath(named[0])) if len(named) == 1 else "comparison"
     path = out if out is not None else f"{name}.report.{form}"
     if path != "-":
         _check_place(path, outs, overwrite=overwrite)
-    text = make_report(outs, form)
+    text = make_report(outs, form, evaluation=evaluation)
     if path == "-":
         say(text.rstrip("\n"))
         return

@@ -1,7 +1,7 @@
 """Evaluating a model before and after a vector is added: which answers change, and by how much more than chance.
 
-`prepare_evaluation` and `EvaluationJob.run` are the way through: tasks of lm-evaluation-harness, on the target and on the
-target moved along the vector, in this process or on Ray; `statistics` compares them item by item.
+`prepare_evaluation` and `EvaluationJob.run` are the way through: tasks of lm-evaluation-harness, on the target and on
+the target moved along the vector, in this process or on Ray; `statistics` compares them item by item.
 """
 
 from __future__ import annotations

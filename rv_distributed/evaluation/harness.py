@@ -44,7 +44,9 @@ def check_tasks(asks: Sequence[Ask], means: Means) -> dict[Ask, Asked]:
     """Load every task. Raises UsageError for arguments of the model that are none; InputError with all tasks that do
     not exist, cannot be loaded, want a consent that was not given, or whose questions cannot be perturbed."""
     model_arguments(means)
-    manager, found, problems = _manager([ask.task for ask in asks], means), {}, []
+    manager = _manager([ask.task for ask in asks], means)
+    found: dict[Ask, Asked] = {}
+    problems: list[Problem] = []
     for ask in asks:
         try:
             tasks = _load(manager, ask)["tasks"]
@@ -125,7 +127,9 @@ def _perturb(name: str, task: Any, ask: Ask, perturbation: str) -> None:
     """Put perturbed items in the place of a task's own. Raises InputError."""
     if task.OUTPUT_TYPE != "generate_until":
         remedy = "Leave out --perturb for it: evaluate it in a command of its own."
-        raise InputError([Problem(name, f"is no generative task, but {task.OUTPUT_TYPE}: nothing is perturbed", remedy)])
+        raise InputError(
+            [Problem(name, f"is no generative task, but {task.OUTPUT_TYPE}: nothing is perturbed", remedy)]
+        )
     if getattr(task, "UNSAFE_CODE", False):
         remedy = "Leave out --perturb for it: evaluate it in a command of its own."
         raise InputError([Problem(name, "asks for code, of which any changed word is another program", remedy)])
@@ -146,7 +150,9 @@ def _question_field(task: Any, docs: Sequence[Mapping[str, Any]]) -> str | None:
     fits = [
         key
         for key in first[0]
-        if all(isinstance(doc[key], str) and doc[key] and doc[key] in text for doc, text in zip(first, texts, strict=True))
+        if all(
+            isinstance(doc[key], str) and doc[key] and doc[key] in text for doc, text in zip(first, texts, strict=True)
+        )
     ]
     return max(fits, key=lambda key: sum(len(doc[key]) for doc in first), default=None)
 

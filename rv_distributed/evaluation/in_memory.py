@@ -1,8 +1,8 @@
 """Moving a loaded model along the vector, to the bits that ``rv apply`` would have written.
 
 The pieces of the plan are computed as a worker computes them, from the checkpoints' files, and go into the model's
-parameters instead of a shard. Each move starts from the target's file, so that nothing of the move before it is left, and
-no second copy of the weights is held: alpha 0 gives back the target's own bits.
+parameters instead of a shard. Each move starts from the target's file, so that nothing of the move before it is left,
+and no second copy of the weights is held: alpha 0 gives back the target's own bits.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def _problems(plan: Plan, places: Mapping[str, Tensor]) -> list[Problem]:
     problems = []
     for name, tensor in tensors.items():
         if tensor.rule == "combine" and name not in places:
-            problems.append(Problem(where, "gets the vector, but the loaded model has no such parameter", _REMEDY, name))
+            problems.append(
+                Problem(where, "gets the vector, but the loaded model has no such parameter", _REMEDY, name)
+            )
         elif tensor.rule == "combine" and tuple(places[name].shape) != tensor.shape:
             what = f"has shape {list(tensor.shape)}, but {list(places[name].shape)} in the loaded model"
             problems.append(Problem(where, what, _REMEDY, name))

@@ -1,14 +1,15 @@
 """An evaluation, from named checkpoints to its result files: check, make the models, ask, compare.
 
 `prepare_evaluation` opens the checkpoints, plans the models and loads the tasks, so that all that is wrong is known
-before a model is loaded; `EvaluationJob.run` does the work. Finished pairs of a model and a task are kept in the output's
-folder; the same command goes on with the others.
+before a model is loaded; `EvaluationJob.run` does the work. Finished pairs of a model and a task are kept in the
+output's folder; the same command goes on with the others.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -24,11 +25,12 @@ from rv_distributed.evaluation.model import Answers, Ask, Failed, Means, Pair, V
 from rv_distributed.evaluation.outcome import outcome_of
 from rv_distributed.evaluation.records import FOLDER, read_record, write_record
 from rv_distributed.evaluation.results import ITEMS_FILE, RESULTS_FILE, Evaluation, write_results
+from rv_distributed.evaluation.statistics import estimate
 from rv_distributed.identity import identity_digest, identity_of
 from rv_distributed.job import Job, prepare
 from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import PlanOptions
-from rv_distributed.recipe import Recipe, Vector, as_float32, show_alpha
+from rv_distributed.recipe import Operation, Recipe, Vector, as_float32, show_alpha
 from rv_distributed.runtime.select import RunOptions, choose_runtime
 
 MODELS: Final = "models"
@@ -71,7 +73,10 @@ class Progress(NamedTuple):
     """A pair that is finished."""
 
     pair: Pair
-    answers: Answers | Failed
+    mean: float | None
+    """Its accuracy; None where it failed."""
+    seconds: float
+    """Since the one before it, or the start."""
     done: int
     """Pairs that are finished, with this one and those that were kept."""
     total: int
@@ -92,7 +97,7 @@ def prepare_evaluation(target: str, vector: Vector | None, out: str, options: Ev
     job, frame = None, None
     if vector is not None and alphas:
         outs = [os.path.join(out, MODELS, f"alpha-{show_alpha(alpha)}") for alpha in alphas]
-        operation = "apply" if vector.minus is None else "transfer"
+        operation: Operation = "apply" if vector.minus is None else "transfer"
         recipe = Recipe(operation, target, (vector,), tuple((alpha,) for alpha in alphas))
         job = prepare(recipe, outs, options.plan, options.run)
         frame = job.opened[target]
@@ -153,15 +158,18 @@ class EvaluationJob:
         answers, failures = dict(self.kept), []
         try:
             os.makedirs(self.out, exist_ok=True)
-            with closing(self._answers()) as results:
-                for pair, found in results:
-                    if isinstance(found, Failed):
-                        failures.append(found)
-                    else:
-                        write_record(self.out, pair, found)
-                        answers[pair] = found
-                    if progress is not None:
-                        progress(Progress(pair, found, len(answers) + len(failures), len(self.pairs)))
+            began = time.monotonic()
+            for pair, found in self._results():
+                mean = None
+                if isinstance(found, Failed):
+                    failures.append(found)
+                else:
+                    write_record(self.out, pair, found)
+                    answers[pair] = found
+                    mean = estimate([item.score for item in found.items]).mean
+                if progress is not None:
+                    seconds, began = time.monotonic() - began, time.monotonic()
+                    progress(Progress(pair, mean, seconds, len(answers) + len(failures), len(self.pairs)))
             ordered = {pair: answers[pair] for pair in self.pairs if pair in answers}
             evaluation = self._evaluation(ordered, tuple(failures))
             write_results(self.out, evaluation, ordered)
@@ -169,17 +177,20 @@ class EvaluationJob:
             raise RunError(f"{error.filename or self.out}: {error.strerror or error}") from error
         return evaluation
 
-    def _answers(self) -> Iterator[tuple[Pair, Answers | Failed]]:
+    def _results(self) -> Iterator[tuple[Pair, Answers | Failed]]:
         if not self.todo:
-            return iter(())
+            return
         means = replace(self.options.means, device=self.options.run.device)
         if choose_runtime(self.options.run) == "ray":
             from rv_distributed.evaluation.on_ray import run_on_ray
 
-            return run_on_ray(self.todo, means, self.options.run)
-        from rv_distributed.evaluation.local import run_here
+            results = run_on_ray(self.todo, means, self.options.run)
+        else:
+            from rv_distributed.evaluation.local import run_here
 
-        return run_here(self.todo, means)
+            results = run_here(self.todo, means)
+        with closing(results):
+            yield from results
 
     def _evaluation(self, answers: Mapping[Pair, Answers], failures: tuple[Failed, ...]) -> Evaluation:
         moved = [pair.variant.alpha for pair in self.pairs if pair.variant.alpha]

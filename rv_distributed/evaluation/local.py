@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rv_distributed.errors import Interrupted, one_line
-from rv_distributed.evaluation.model import Answers, Failed, Means, Pair
+from rv_distributed.evaluation.model import Failed, Means, Pair, Results
 
 
-def run_here(pairs: Sequence[Pair], means: Means) -> Iterator[tuple[Pair, Answers | Failed]]:
+def run_here(pairs: Sequence[Pair], means: Means) -> Results:
     """The answers to each pair, or why there are none."""
     from rv_distributed.evaluation.harness import Harness
 

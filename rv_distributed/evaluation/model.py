@@ -1,8 +1,8 @@
-"""The words of an evaluation: what is asked, of which models, and what came of it. Everything here crosses processes."""
+"""The words of an evaluation: what is asked, of which models, and what came of it. All of it crosses processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
@@ -133,3 +133,7 @@ class Failed(NamedTuple):
 
     pair: str
     cause: str
+
+
+Results = Generator[tuple[Pair, Answers | Failed], None, None]
+"""What comes of pairs, one by one; closing it ends those that are not finished."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rv_distributed.evaluation.local import failed
-from rv_distributed.evaluation.model import CONSENT_VARIABLE, Answers, Ask, Failed, Means, Pair, Variant
+from rv_distributed.evaluation.model import CONSENT_VARIABLE, Answers, Ask, Failed, Means, Pair, Results, Variant
 from rv_distributed.runtime.on_ray import RayRuntime
 from rv_distributed.runtime.on_ray.pool import brief, wait
 from rv_distributed.runtime.select import RunOptions
@@ -21,7 +21,7 @@ _RETRIES: Final = 2
 _WAIT_S: Final = 1.0
 
 
-def run_on_ray(pairs: Sequence[Pair], means: Means, options: RunOptions) -> Iterator[tuple[Pair, Answers | Failed]]:
+def run_on_ray(pairs: Sequence[Pair], means: Means, options: RunOptions) -> Results:
     """The answers to each pair, or why there are none, in the order in which they come.
 
     Raises UsageError when the cluster cannot be reached or lacks what is asked for.

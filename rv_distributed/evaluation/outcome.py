@@ -1,9 +1,9 @@
-"""What all answers together say: a row for each model and task, the differences to the target, and the choice of alpha."""
+"""What all answers together say: a row for each model and task, differences to the target, and the choice of alpha."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from blake3 import blake3
 
@@ -41,7 +41,7 @@ class Selected(NamedTuple):
 
     alpha: float
     development: Mapping[float, float]
-    """The accuracy there of every alpha that was asked for: the mean over the tasks, as they are without perturbation."""
+    """The accuracy there of every alpha that was asked for: the mean over the tasks, without perturbations."""
     development_items: int
     test_items: int
 

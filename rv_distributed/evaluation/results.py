@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -68,14 +69,14 @@ def _row_document(row: Row) -> dict[str, Any]:
 def read_evaluation(raw: bytes) -> Evaluation:
     """What `Evaluation.document` wrote. Raises ValueError when it is something else."""
     try:
-        found = json.loads(raw)
+        found = json.loads(raw, parse_constant=_refuse)
         if found["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"has schema version {found['schema_version']!r}, and this reads {SCHEMA_VERSION}")
         rows = tuple(_read_row(row) for row in found["rows"])
         chosen = found["selected"]
         selected = chosen and Selected(
-            float(chosen["alpha"]),
-            {float(one["alpha"]): float(one["accuracy"]) for one in chosen["development"]},
+            _number(chosen["alpha"]),
+            {_number(one["alpha"]): _number(one["accuracy"]) for one in chosen["development"]},
             int(chosen["development_items"]),
             int(chosen["test_items"]),
         )
@@ -98,17 +99,30 @@ def _read_row(row: Mapping[str, Any]) -> Row:
     return Row(
         str(row["task"]),
         None if row["perturbation"] is None else str(row["perturbation"]),
-        float(row["alpha"]),
+        _number(row["alpha"]),
         str(row["metric"]),
         int(row["perturbed"]),
-        Estimate(float(accuracy["mean"]), None if stderr is None else float(stderr), int(accuracy["items"])),
+        Estimate(_number(accuracy["mean"]), None if stderr is None else _number(stderr), int(accuracy["items"])),
         compared
         and Difference(
-            *(float(compared[name]) for name in ("mean", "low", "high")),
-            *(int(compared[name]) for name in ("gained", "lost")),
-            None if compared["p"] is None else float(compared["p"]),
+            _number(compared["mean"]),
+            _number(compared["low"]),
+            _number(compared["high"]),
+            int(compared["gained"]),
+            int(compared["lost"]),
+            None if compared["p"] is None else _number(compared["p"]),
         ),
     )
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"holds {value!r} where a number belongs")
+    return float(value)
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"holds {name}")
 
 
 def write_results(out: str, evaluation: Evaluation, answers: Mapping[Pair, Answers]) -> None:
@@ -124,9 +138,11 @@ def items_table(answers: Mapping[Pair, Answers]) -> bytes:
     import pyarrow.parquet as pq
 
     types: dict[str, Any] = {
-        **{"asked": pa.string(), "perturbation": pa.string(), "alpha": pa.float64(), "metric": pa.string()},
-        **dict.fromkeys(Item._fields, pa.string()),
-        **{"item": pa.int64(), "score": pa.float64(), "perturbed": pa.bool_()},
+        **dict.fromkeys(("asked", "perturbation", "alpha", "metric", *Item._fields), pa.string()),
+        "alpha": pa.float64(),
+        "item": pa.int64(),
+        "score": pa.float64(),
+        "perturbed": pa.bool_(),
     }
     columns: dict[str, list[Any]] = {name: [] for name in types}
     for row in _item_rows(answers):

@@ -80,4 +80,4 @@ def mcnemar(gained: int, lost: int) -> float:
     """The two-sided p-value of the exact test."""
     count, smaller = gained + lost, min(gained, lost)
     tail = sum(math.comb(count, k) for k in range(smaller + 1))
-    return min(1.0, 2 * tail / 2**count)
+    return float(min(1.0, 2 * tail / 2**count))

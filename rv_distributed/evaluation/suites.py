@@ -7,9 +7,9 @@ from typing import Final
 from rv_distributed.errors import UsageError
 from rv_distributed.evaluation.model import Ask
 
-#: The benchmarks of arXiv 2509.01363, with its kind of settings: zero-shot chains of thought, greedy. The harness's tasks
-#: bring prompts and do_sample=False with them; its own limit of 256 tokens would cut many chains off. The few-shot twins
-#: are gsm8k_cot and bbh_cot_fewshot.
+#: The benchmarks of arXiv 2509.01363, with its kind of settings: zero-shot chains of thought, greedy. Prompts and
+#: do_sample=False are the harness's own; its limit of 256 tokens would cut many chains off. The few-shot twins are
+#: gsm8k_cot and bbh_cot_fewshot.
 SUITES: Final[dict[str, tuple[Ask, ...]]] = {
     "paper": (
         Ask("gsm8k_cot_zeroshot", num_fewshot=0, gen_kwargs="max_gen_toks=1024", metric="exact_match,flexible-extract"),

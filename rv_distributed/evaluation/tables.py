@@ -48,7 +48,8 @@ def _cells(row: Row, chosen: float | None) -> tuple[str, ...]:
 def selection(selected: Selected) -> str:
     """How alpha was chosen."""
     means = ", ".join(f"{show_variant(alpha)} {mean:.4f}" for alpha, mean in sorted(selected.development.items()))
+    seen, others = plural(selected.development_items, "development item"), plural(selected.test_items, "item")
     return (
-        f"{show_variant(selected.alpha)} was chosen by its accuracy on {plural(selected.development_items, 'development item')} "
-        f"({means}); the accuracies shown are those on the other {plural(selected.test_items, 'item')}"
+        f"{show_variant(selected.alpha)} was chosen by its accuracy on {seen} ({means}); "
+        f"the accuracies shown are those on the other {others}"
     )

@@ -1,8 +1,7 @@
 """Ways to ask the same question differently, each with the same answer as before: seeded, pure functions on text.
 
-`perturb` is the one to call. What each of them does, and what it leaves alone, its own docstring says. They read English
-prose, and equations between single capitals; a question that they cannot change without risk to the answer stays as it
-is, and the harness counts how many were changed.
+`perturb` is the one to call. What each does, and what it leaves alone, its own docstring says. They read English prose,
+and equations between single capitals; a question that they cannot change without risk to the answer stays as it is.
 """
 
 from __future__ import annotations

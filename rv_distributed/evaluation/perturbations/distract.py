@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import string
-from typing import Final
 
 from rv_distributed.evaluation.perturbations.model import Perturbed
 from rv_distributed.evaluation.perturbations.text import (
@@ -13,20 +11,11 @@ from rv_distributed.evaluation.perturbations.text import (
     join,
     question_of,
     refers,
+    spare_letters,
     split,
     variables,
 )
-
-_IRRELEVANT: Final = (
-    "The library across the street was built {} years ago.",
-    "The nearest lighthouse has {} steps.",
-    "The radio had played the same song {} times that week.",
-    "The museum downtown owns {} old clocks.",
-    "A storm had closed the harbor for {} days.",
-    "The town's oldest oak is {} meters tall.",
-    "The bridge was painted {} times last century.",
-    "The newspaper printed {} letters about the weather.",
-)
+from rv_distributed.evaluation.perturbations.words import IRRELEVANT
 
 
 def distract(text: str, rng: random.Random) -> Perturbed:
@@ -43,10 +32,9 @@ def distract(text: str, rng: random.Random) -> Perturbed:
 
 
 def _sentence(text: str, rng: random.Random) -> str:
-    if variables(text):
-        unused = [letter for letter in string.ascii_uppercase if letter not in "AI" and letter not in text]
-        if unused:
-            return f"{rng.choice(unused)} is {rng.randrange(10)}."
+    unused = spare_letters(text)
+    if variables(text) and unused:
+        return f"{rng.choice(unused)} is {rng.randrange(10)}."
     about = content(text)
-    apart = [sentence for sentence in _IRRELEVANT if not content(sentence) & about] or list(_IRRELEVANT[:1])
+    apart = [sentence for sentence in IRRELEVANT if not content(sentence) & about] or list(IRRELEVANT[:1])
     return rng.choice(apart).format(rng.randrange(2, 30))

@@ -18,7 +18,7 @@ def reorder(text: str, rng: random.Random) -> Perturbed:
 
     Two sentences may change places when neither refers to others (by a pronoun, a word of time or a comparison without
     its other side) and they either have no word of content in common or both state how something is, each of another
-    thing: ``Tom is 5 years old. Ann is twice as old as Tom.`` Sentences that tell what happens to one thing keep theirs.
+    thing: ``Tom is 5 years old. Ann is twice as old as Tom.`` Sentences that tell what becomes of one thing stay.
     """
     sentences = split(text)
     asked = question_of(sentences)

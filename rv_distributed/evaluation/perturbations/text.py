@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import re
+import string
 from typing import Final, NamedTuple
+
+from rv_distributed.evaluation.perturbations.words import COMPARING, FUNCTION, REFERRING
 
 _END: Final = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 #: What a full stop does not end a sentence after: abbreviations, and initials such as J.
 _ABBREVIATION: Final = re.compile(r"(?:^|[\s(])(?:Mrs?|Ms|Dr|Prof|St|Jr|Sr|vs|No|Nos|approx|[A-Z]|[a-z]\.[a-z])\.$")
 _WORD: Final = re.compile(r"[A-Za-z]+")
 _DEFINED: Final = re.compile(r"(?:^|(?<=[.;,!?\n])\s*|(?<=\s))([A-Z])(?= (?:is|has|equals) | ?= ?)")
-#: Words that refer to another sentence, so that theirs has to stay where it is.
-_REFERRING: Final = frozenset(
-    "he she it they him her them his hers its their theirs this that these those then next after before later now "
-    "finally first second third last also too another other others same each both either neither all remaining rest "
-    "left again still already instead however therefore so but and or because since when while if there here such "
-    "former latter previous following above below".split()
-)
-_COMPARING: Final = frozenset("more less fewer older younger taller shorter longer half twice double triple".split())
-_FUNCTION: Final = frozenset(
-    "a an the of to in on at by for from with as is are was were be been has have had do does did will would can could "
-    "than not no per only just about into over under out up down one two three four five six seven eight nine ten".split()
-)
 
 
 class Sentence(NamedTuple):
@@ -62,16 +53,21 @@ def words(text: str) -> list[str]:
 
 def content(text: str) -> set[str]:
     """The words that say what a sentence is about."""
-    return {word for word in words(text) if word not in _FUNCTION and (len(word) > 2 or word.isupper())}
+    return {word for word in words(text) if word not in FUNCTION and (len(word) > 2 or word.isupper())}
 
 
 def refers(sentence: str) -> bool:
     """Whether a sentence leans on others: on what they tell, or on when it happened."""
     own = set(words(sentence))
-    compares = bool(own & _COMPARING) and not own & {"than", "as"}
-    return compares or bool(own & _REFERRING)
+    compares = bool(own & COMPARING) and not own & {"than", "as"}
+    return compares or bool(own & REFERRING)
 
 
 def variables(text: str) -> list[str]:
     """Single capitals that the text defines, as in ``B is E+1`` or ``x = ...``; the article A and I are none."""
     return list(dict.fromkeys(letter for letter in _DEFINED.findall(text) if letter not in "AI"))
+
+
+def spare_letters(text: str) -> list[str]:
+    """Single capitals that could be variables, and that the text has none of."""
+    return [letter for letter in string.ascii_uppercase if letter not in "AI" and letter not in text]
