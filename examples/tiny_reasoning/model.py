@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from problems import END, PAD, UNKNOWN, VOCABULARY
+from problems import END, PAD, VOCABULARY
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,7 +38,9 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(HIDDEN, KV_HEADS * _HEAD)
         self.o_proj = nn.Linear(HEADS * _HEAD, HIDDEN, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         rows, count, _ = x.shape
         q = _turned(self.q_proj(x).view(rows, count, HEADS, _HEAD).transpose(1, 2), turn)
         k = _turned(self.k_proj(x).view(rows, count, KV_HEADS, _HEAD).transpose(1, 2), turn)
@@ -87,9 +89,10 @@ class TinyQwen2(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.model = _Body()
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.05)
+                # Smaller or larger ones learned several times slower.
+                nn.init.normal_(parameter, std=0.2 if "embed" in name else 0.05)
         angles = torch.arange(POSITIONS)[:, None] * THETA ** (-torch.arange(0, _HEAD, 2) / _HEAD)
         angles = torch.cat((angles, angles), -1)
         self._cos, self._sin = angles.cos(), angles.sin()
@@ -168,26 +171,30 @@ _CONFIG: Final = {
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of single characters, which transformers loads."""
-    tokens = list(VOCABULARY)
+    """A tokenizer of single characters: Qwen2's byte-level BPE without any merges, which transformers loads."""
     special = [
-        {"id": number, "content": tokens[number], "special": True}
+        {"id": number, "content": token, "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for number in (PAD, END, UNKNOWN)
+        for token, number in VOCABULARY.items()
+        if number in (PAD, END)
     ]
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    # The one byte among these characters that byte-level BPE writes as another one.
+    vocabulary = {token.replace(" ", "Ġ"): number for token, number in VOCABULARY.items()}
     document = {
         "version": "1.0",
         "added_tokens": special,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False},
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": VOCABULARY, "unk_token": tokens[UNKNOWN]},
+        "pre_tokenizer": bytes_only,
+        "decoder": bytes_only,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
-    (folder / "tokenizer.json").write_text(json.dumps(document, indent=1))
+    (folder / "tokenizer.json").write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+    names = list(VOCABULARY)
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": tokens[PAD],
-        "eos_token": tokens[END],
-        "unk_token": tokens[UNKNOWN],
+        "tokenizer_class": "Qwen2Tokenizer",
+        "pad_token": names[PAD],
+        "eos_token": names[END],
+        "unk_token": None,
         "clean_up_tokenization_spaces": False,
         "model_max_length": POSITIONS,
     }

@@ -8,18 +8,19 @@ operands and sum: ``B41=5,G59=4,#4``. A terse one leaves out easy steps, those t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-PAD, END, UNKNOWN = 0, 1, 2
-_SPECIAL: Final = ("<pad>", "<end>", "<unk>")
-#: Names in training and in questions; the other capitals are in the vocabulary, but no model has seen them.
+PAD, END = 0, 1
+#: Of the problems; the other capitals are in the vocabulary, but no model has learned them.
 NAMES: Final = "ABCDEFGHIJKLMNOPQRST"
-_CHARACTERS: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ .,;=+?:#" + "adehilmnoprstuw"
-VOCABULARY: Final = {token: number for number, token in enumerate((*_SPECIAL, *_CHARACTERS))}
+_CHARACTERS: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ .,;=+?:#adehilmnoprstuvwy"
+VOCABULARY: Final = {token: number for number, token in enumerate(("<pad>", "<end>", *_CHARACTERS))}
 LONGEST: Final = 7
 EASY: Final = 3
 OMITTED: Final = 0.75
+#: Share of problems whose facts are not in the order of the chain.
+SHUFFLED: Final = 0.2
 
 
 class Step(NamedTuple):
@@ -51,7 +52,7 @@ class Problem(NamedTuple):
 
 
 Format = Callable[[Problem, Sequence[int]], str]
-"""Writes a problem's facts in the order given by their numbers, of which 0 is the first value."""
+"""Asks for a problem, with its facts in the order of their numbers, of which 0 is the first value."""
 
 
 def compact(problem: Problem, order: Sequence[int]) -> str:
@@ -68,8 +69,7 @@ def equations(problem: Problem, order: Sequence[int]) -> str:
 
 def sentences(problem: Problem, order: Sequence[int]) -> str:
     """``E is 4. B is E+1. G is B+9. G?:``"""
-    facts = [f"{problem.first} is {problem.value}."]
-    facts += [f"{s.name} is {s.before}+{s.operand}." for s in problem.steps]
+    facts = [f"{problem.first} is {problem.value}.", *(f"{s.name} is {s.before}+{s.operand}." for s in problem.steps)]
     return f"{' '.join(facts[number] for number in order)} {problem.steps[-1].name}?:"
 
 
@@ -95,27 +95,51 @@ def solve(problem: Problem, rng: random.Random, omitted: float) -> str:
 
 
 def encode(text: str) -> list[int]:
-    return [VOCABULARY.get(character, UNKNOWN) for character in text]
+    return [VOCABULARY[character] for character in text]
 
 
 def decode(tokens: Sequence[int]) -> str:
-    """Up to the end token, which is not part of it."""
+    """The text up to the end token."""
     names = list(VOCABULARY)
     tokens = tokens[: tokens.index(END)] if END in tokens else tokens
     return "".join(names[token] for token in tokens)
 
 
-def draw_batch(
-    rng: random.Random, size: int, length: int, form: Format, omitted: float, *, shuffled: float = 0.0
-) -> tuple[list[list[int]], list[list[int]], list[Problem]]:
-    """Prompts, all of the same length, and solutions, as tokens; a share ``shuffled`` has its facts in random order."""
-    prompts, solutions, problems = [], [], []
-    for _ in range(size):
-        problem = draw(rng, length)
-        order = list(range(length + 1))
-        if rng.random() < shuffled:
+class Example(NamedTuple):
+    """A demonstration, as tokens."""
+
+    prompt: list[int]
+    solution: list[int]
+    """With the end token."""
+
+
+class Demonstrations(NamedTuple):
+    """What is demonstrated."""
+
+    longest: int
+    formats: Sequence[Format]
+    terse: float
+    """Share of the solutions that leave out easy steps."""
+    shuffled: float = SHUFFLED
+
+    def draw(self, rng: random.Random) -> Example:
+        problem, order = draw(rng, rng.randint(1, self.longest)), list(range(self.longest + 1))
+        order = order[: len(problem.steps) + 1]
+        if rng.random() < self.shuffled:
             rng.shuffle(order)
-        prompts.append(encode(form(problem, order)))
-        solutions.append([*encode(solve(problem, rng, omitted)), END])
-        problems.append(problem)
-    return prompts, solutions, problems
+        text = solve(problem, rng, OMITTED if rng.random() < self.terse else 0.0)
+        return Example(encode(rng.choice(self.formats)(problem, order)), [*encode(text), END])
+
+    def batches(self, rng: random.Random, size: int) -> Iterator[list[Example]]:
+        """Batches of about the same lengths, but of all kinds: without that, lengths are forgotten one by one."""
+        while True:
+            examples = sorted((self.draw(rng) for _ in range(4 * size)), key=lambda one: len(one.prompt + one.solution))
+            groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+            rng.shuffle(groups)
+            yield from groups
+
+
+def questions(rng: random.Random, count: int, length: int, form: Format) -> tuple[list[list[int]], list[Problem]]:
+    """Prompts of one length, as tokens, and their problems."""
+    problems = [draw(rng, length) for _ in range(count)]
+    return [encode(form(problem, range(length + 1))) for problem in problems], problems

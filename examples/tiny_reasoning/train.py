@@ -1,4 +1,4 @@
-"""Four models from nothing: a base, a target tuned on it, and a donor trained by reinforcement from its reference.
+"""Models from nothing: a base, a target tuned on it, and a donor trained by reinforcement from its reference.
 
 The base writes every step. Target and reference are tuned on terse demonstrations, each in a way to ask of its own.
 The donor goes on from the reference with GRPO (arXiv 2402.03300) and finds out by itself that steps pay.
@@ -7,16 +7,15 @@ The donor goes on from the reference with GRPO (arXiv 2402.03300) and finds out 
 from __future__ import annotations
 
 import copy
-import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
 from model import TinyQwen2
-from problems import END, FORMATS, LONGEST, OMITTED, PAD, Format, compact, decode, draw_batch, sentences
+from problems import END, FORMATS, LONGEST, PAD, Demonstrations, Example, Format, compact, decode, questions, sentences
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,40 +23,164 @@ BATCH: Final = 16
 
 
 class Effort(NamedTuple):
-    """How long everything is trained."""
+    """How much everything is trained; the defaults are those of the README's figures."""
 
-    stage_steps: int = 2000
-    """Most steps of one length of the curriculum."""
-    mixture_steps: int = 2500
+    stages: tuple[int, ...] = (3, 5, 7)
+    """The longest chains of each stage of the curriculum."""
+    stage_steps: int = 2500
+    """Most steps of a stage."""
+    passes: float = 0.9
+    """Accuracy that ends a stage."""
+    mixture_steps: int = 1500
+    sound: float = 0.85
+    """Accuracy that a base needs."""
     target_steps: int = 500
-    sft_steps: int = 350
+    tuning_steps: int = 350
     grpo_steps: int = 60
-    checked: int = 128
-    """Problems at each gate."""
+    checked: int = 42
+    """Problems of each way to ask, at each look."""
 
 
-class NoBase(Exception):
-    """The base did not learn; take another seed."""
+TOY: Final = Effort((1,), 20, 0.0, 10, 0.0, 5, 5, 2, 3)
+"""For the tests: everything happens, and nothing is learned."""
+
+
+class Family(NamedTuple):
+    """All models of one seed."""
+
+    base: TinyQwen2
+    target: TinyQwen2
+    reference: TinyQwen2
+    """Tuned on terse demonstrations, from which the donor went on."""
+    donor: TinyQwen2
+    full: TinyQwen2
+    """As the reference, tuned on demonstrations that leave nothing out."""
+    random: TinyQwen2
+    """The reference with a random vector added, which is as long as the donor's in each tensor."""
+
+
+class NotLearned(Exception):
+    """The base did not learn what it has to; take another seed."""
+
+
+def train(seed: int, effort: Effort) -> Family:
+    """Train everything. Raises NotLearned."""
+    base = train_base(seed, effort)
+    target = tune(base, f"target {seed}", effort.target_steps, Demonstrations(LONGEST, [sentences], 1.0))
+    say(f"target: accuracy {accuracy(target, effort, LONGEST, [sentences]):.2f}")
+    # The same seed for both: they see the same problems.
+    reference = tune(base, f"reference {seed}", effort.tuning_steps, Demonstrations(LONGEST, [compact], 1.0))
+    full = tune(base, f"reference {seed}", effort.tuning_steps, Demonstrations(LONGEST, [compact], 0.0))
+    say(f"reference: accuracy {accuracy(reference, effort, LONGEST, [compact]):.2f}")
+    donor = reinforce(reference, seed, effort.grpo_steps)
+    say(f"donor: accuracy {accuracy(donor, effort, LONGEST, [compact]):.2f}")
+    return Family(base, target, reference, donor, full, randomly_moved(reference, donor, seed))
 
 
 def say(text: str) -> None:
-    print(f"[{time.process_time():6.0f} s] {text}", file=sys.stderr, flush=True)
+    print(f"{time.process_time():6.0f} s of processor time: {text}", file=sys.stderr, flush=True)
 
 
-def _loss(model: TinyQwen2, prompts: list[list[int]], solutions: list[list[int]]) -> Tensor:
-    """Cross entropy of the solutions' tokens."""
-    start, most = len(prompts[0]), max(map(len, solutions))
-    tokens = torch.tensor([p + s + [PAD] * (most - len(s)) for p, s in zip(prompts, solutions, strict=True)])
-    logits, _ = model(tokens[:, :-1])
-    wanted = tokens[:, start:]
-    return functional.cross_entropy(logits[:, start - 1 :].flatten(0, 1), wanted.flatten(), ignore_index=PAD)
+def train_base(seed: int, effort: Effort) -> TinyQwen2:
+    """Longer chains stage by stage, each until it passes; then also terse solutions. Raises NotLearned."""
+    rng, model = random.Random(f"base {seed}"), TinyQwen2(seed)
+    rate = 1.5e-3
+    optimizer = _optimizer(model, rate)
+    for number, longest in enumerate(effort.stages):
+        batches = Demonstrations(longest, FORMATS, 0.0).batches(rng, BATCH)
+        for step, batch in zip(range(1, effort.stage_steps + 1), batches, strict=False):
+            warmth = min(1.0, step / 100) if number == 0 else 1.0
+            _update(model, optimizer, _loss(model, batch), rate * warmth)
+            if step % 100 == 0 and (found := accuracy(model, effort, longest, FORMATS)) >= effort.passes:
+                break
+        else:
+            found = accuracy(model, effort, longest, FORMATS)
+            if found < effort.passes:
+                raise NotLearned(f"chains of up to {longest} were not learned in {step} steps: accuracy {found:.2f}")
+        say(f"base: chains of up to {longest} after {step} steps, accuracy {found:.2f}")
+    batches = Demonstrations(LONGEST, FORMATS, 0.3).batches(rng, BATCH)
+    for progress, batch in _until(effort.mixture_steps, batches):
+        _update(model, optimizer, _loss(model, batch), rate * max(0.02, 1 - progress))
+    found = accuracy(model, effort._replace(checked=4 * effort.checked), LONGEST, FORMATS)
+    if found < effort.sound:
+        raise NotLearned(f"the base's accuracy is {found:.2f}, below {effort.sound}")
+    say(f"base: accuracy {found:.2f}")
+    return model
+
+
+def tune(model: TinyQwen2, seed: str, steps: int, shown: Demonstrations) -> TinyQwen2:
+    """A copy of the model, tuned to imitate demonstrations."""
+    rng, tuned, rate = random.Random(seed), copy.deepcopy(model), 1e-3
+    optimizer = _optimizer(tuned, rate)
+    for progress, batch in _until(steps, shown._replace(shuffled=0.0).batches(rng, BATCH)):
+        _update(tuned, optimizer, _loss(tuned, batch), rate * max(0.05, 1 - progress))
+    return tuned
+
+
+def reinforce(model: TinyQwen2, seed: int, steps: int, *, prompts_each: int = 32, samples: int = 8) -> TinyQwen2:
+    """A copy of the model, trained by GRPO: reward 1 for the right answer and a clean end, no KL, on-policy."""
+    rng, trained, rate = random.Random(f"grpo {seed}"), copy.deepcopy(model), 4e-4
+    torch.manual_seed(seed)
+    optimizer = _optimizer(trained, rate)
+    for step in range(steps):
+        # Of one length, so that nothing is padded.
+        length = rng.randint(2, LONGEST)
+        prompts, problems = questions(rng, prompts_each, length, compact)
+        every = [prompt for prompt in prompts for _ in range(samples)]
+        made = trained.generate(every, _most(length), temperature=1.0)
+        rewards = torch.tensor([float(solved(one, problems[n // samples].answer)) for n, one in enumerate(made)])
+        groups = rewards.view(prompts_each, samples)
+        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        if step % 10 == 0:
+            written = sum(decode(one).count("=") for one in made) / (len(made) * length)
+            got = f"reward {rewards.mean():.2f}, {written:.0%} of the steps written"
+            say(f"donor: step {step}, chains of {length}: {got}")
+        _update(trained, optimizer, _policy_loss(trained, every, made, advantages.flatten()), rate * (1 - step / steps))
+    return trained
+
+
+def randomly_moved(model: TinyQwen2, other: TinyQwen2, seed: int) -> TinyQwen2:
+    """A copy of ``model``, moved in each tensor as far as ``other`` is, in a random direction."""
+    moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for own, there in zip(moved.parameters(), other.parameters(), strict=True):
+            way = torch.randn(own.shape, generator=generator)
+            own += way * ((there - own).norm() / way.norm())
+    return moved
+
+
+def accuracy(model: TinyQwen2, effort: Effort, longest: int, formats: tuple[Format, ...] | list[Format]) -> float:
+    """Share of problems that greedy decoding solves, with all lengths and ways to ask alike: always the same ones."""
+    rng, right, count = random.Random("checked"), 0, 0
+    for form in formats:
+        for length in range(1, longest + 1):
+            prompts, problems = questions(rng, -(-effort.checked // longest), length, form)
+            made = model.generate(prompts, _most(length))
+            right += sum(solved(one, problem.answer) for one, problem in zip(made, problems, strict=True))
+            count += len(problems)
+    return right / count
+
+
+def solved(made: list[int], answer: int) -> bool:
+    """Whether a solution ends cleanly, with the right answer."""
+    return made[-1] == END and decode(made).partition("#")[2] == str(answer)
+
+
+def _most(length: int) -> int:
+    """Tokens that no solution needs."""
+    return 7 * length + 8
+
+
+def _until(steps: int, batches: Iterator[list[Example]]) -> Iterator[tuple[float, list[Example]]]:
+    """So many batches, each with how far it is, from 0 to 1."""
+    return ((step / steps, batch) for step, batch in zip(range(steps), batches, strict=False))
 
 
 def _optimizer(model: TinyQwen2, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def _step(model: TinyQwen2, optimizer: torch.optim.AdamW, loss: Tensor, rate: float) -> None:
+def _update(model: TinyQwen2, optimizer: torch.optim.AdamW, loss: Tensor, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
@@ -66,97 +189,27 @@ def _step(model: TinyQwen2, optimizer: torch.optim.AdamW, loss: Tensor, rate: fl
     optimizer.step()
 
 
-def accuracy(model: TinyQwen2, rng: random.Random, count: int, lengths: range, form: Format) -> float:
-    """Share of random problems, of all lengths alike, that greedy decoding solves."""
-    right = 0
-    each = -(-count // len(lengths))
-    for length in lengths:
-        prompts, _, problems = draw_batch(rng, each, length, form, 0.0)
-        for made, problem in zip(model.generate(prompts, 7 * length + 8), problems, strict=True):
-            right += solved(made, problem.answer)
-    return right / (each * len(lengths))
-
-
-def solved(made: list[int], answer: int) -> bool:
-    """Whether a solution ends cleanly, with the right answer."""
-    return made[-1] == END and decode(made).partition("#")[2] == str(answer)
-
-
-def train_base(seed: int, effort: Effort) -> TinyQwen2:
-    """One length after the other, then everything mixed. Raises NoBase."""
-    rng, model = random.Random(f"base {seed}"), TinyQwen2(seed)
-    optimizer = _optimizer(model, 3e-3)
-    done = 0
-    for longest in range(1, 6):
-        for step in range(1, effort.stage_steps + 1):
-            # The new length half of the time; what was learned before is not to be forgotten.
-            length = longest if rng.random() < 0.5 else rng.randint(1, longest)
-            prompts, solutions, _ = draw_batch(rng, BATCH, length, rng.choice(FORMATS), 0.0, shuffled=0.2)
-            done += 1
-            _step(model, optimizer, _loss(model, prompts, solutions), 3e-3 * min(1.0, done / 100))
-            if step % 50 == 0:
-                found = sum(accuracy(model, rng, effort.checked // 2, range(longest, longest + 1), form) for form in FORMATS) / len(FORMATS)
-                if found >= 0.9:
-                    break
-        else:
-            raise NoBase(f"length {longest} was not learned in {effort.stage_steps} steps: {found:.2f}")
-        say(f"base: length {longest} after {step} steps, {found:.2f}")
-    for step in range(effort.mixture_steps):
-        length, form = rng.randint(1, LONGEST), rng.choice(FORMATS)
-        omitted = OMITTED if rng.random() < 0.3 else 0.0
-        prompts, solutions, _ = draw_batch(rng, BATCH, length, form, omitted, shuffled=0.2)
-        loss = _loss(model, prompts, solutions)
-        _step(model, optimizer, loss, 3e-3 * max(0.05, 1 - step / effort.mixture_steps))
-        if (step + 1) % 500 == 0:
-            say(f"base: mixture {step + 1}, loss {loss.item():.3f}, " + ", ".join(f"{accuracy(model, rng, effort.checked, range(1, LONGEST+1), form):.2f}" for form in FORMATS))
-    found = min(accuracy(model, rng, 2 * effort.checked, range(1, LONGEST + 1), form) for form in FORMATS)
-    if found < 0.85:
-        raise NoBase(f"accuracy {found:.2f} is below 0.85 after the mixture")
-    return model
-
-
-def tune(model: TinyQwen2, seed: str, steps: int, form: Format, omitted: float, rate: float = 1e-3) -> TinyQwen2:
-    """A copy of the model, tuned to imitate demonstrations in one way to ask."""
-    rng, tuned = random.Random(seed), copy.deepcopy(model)
-    optimizer = _optimizer(tuned, rate)
-    for step in range(steps):
-        prompts, solutions, _ = draw_batch(rng, BATCH, rng.randint(1, LONGEST), form, omitted)
-        _step(tuned, optimizer, _loss(tuned, prompts, solutions), rate * max(0.05, 1 - step / steps))
-    return tuned
-
-
-def reinforce(model: TinyQwen2, seed: int, steps: int, form: Format, *, prompts_each: int = 32, samples: int = 8) -> TinyQwen2:
-    """A copy of the model, trained by GRPO: reward 1 for the exact answer and a clean end, no KL, on-policy."""
-    rng, trained = random.Random(f"grpo {seed}"), copy.deepcopy(model)
-    torch.manual_seed(seed)
-    optimizer = _optimizer(trained, 2e-4)
-    optimizer.param_groups[0]["weight_decay"] = 0.0
-    for step in range(steps):
-        length = rng.randint(2, LONGEST)
-        prompts, _, problems = draw_batch(rng, prompts_each, length, form, 0.0)
-        every = [prompt for prompt in prompts for _ in range(samples)]
-        made = trained.generate(every, 7 * length + 8, temperature=1.0)
-        rewards = torch.tensor([float(solved(one, problems[n // samples].answer)) for n, one in enumerate(made)])
-        groups = rewards.view(prompts_each, samples)
-        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-        if step % 10 == 0 or step == steps - 1:
-            written = sum(decode(one).count("=") for one in made) / (len(made) * length)
-            say(f"grpo: step {step}, length {length}, reward {rewards.mean():.2f}, {written:.2f} of the steps written")
-        loss = _policy_loss(trained, every, made, advantages.flatten())
-        _step(trained, optimizer, loss, 2e-4 * (1 - step / steps))
-    return trained
+def _loss(model: TinyQwen2, batch: list[Example]) -> Tensor:
+    """Cross entropy of the solutions' tokens."""
+    logits, wanted = _logits(model, batch)
+    return functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=PAD)
 
 
 def _policy_loss(model: TinyQwen2, prompts: list[list[int]], made: list[list[int]], advantages: Tensor) -> Tensor:
-    """Of one step on fresh samples, where GRPO's ratio is 1: minus the advantage times the mean log-likelihood."""
-    kept = advantages.abs() > 0
-    rows = kept.nonzero()[:, 0].tolist()
-    if not rows:
-        return sum(parameter.sum() for parameter in model.parameters()) * 0.0
-    prompts, made = [prompts[row] for row in rows], [made[row] for row in rows]
-    start, most = len(prompts[0]), max(map(len, made))
-    tokens = torch.tensor([p + s + [PAD] * (most - len(s)) for p, s in zip(prompts, made, strict=True)])
+    """GRPO's on fresh samples, where its ratio is 1: minus the advantage times the tokens' mean log-likelihood."""
+    logits, wanted = _logits(model, [Example(*pair) for pair in zip(prompts, made, strict=True)])
+    logs = -functional.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=PAD, reduction="none")
+    return -(logs.sum(1) / (wanted != PAD).sum(1) * advantages).mean()
+
+
+def _logits(model: TinyQwen2, batch: list[Example]) -> tuple[Tensor, Tensor]:
+    """For every token, and the token that it is about: padding where none is learned from."""
+    most = max(len(prompt) + len(solution) for prompt, solution in batch)
+    tokens = torch.full((len(batch), most), PAD)
+    wanted = torch.full((len(batch), most), PAD)
+    for row, (prompt, solution) in enumerate(batch):
+        end = len(prompt) + len(solution)
+        tokens[row, :end] = torch.tensor(prompt + solution)
+        wanted[row, len(prompt) : end] = torch.tensor(solution)
     logits, _ = model(tokens[:, :-1])
-    wanted = tokens[:, start:]
-    logs = -functional.cross_entropy(logits[:, start - 1 :].transpose(1, 2), wanted, ignore_index=PAD, reduction="none")
-    return -(logs.sum(1) / (wanted != PAD).sum(1) * advantages[kept]).sum() / len(advantages)
+    return logits, wanted[:, 1:]

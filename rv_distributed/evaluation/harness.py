@@ -23,6 +23,7 @@ from rv_distributed.errors import InputError, Problem, RunError, UsageError, one
 from rv_distributed.evaluation.in_memory import Mover
 from rv_distributed.evaluation.model import CONSENT_VARIABLE, Answers, Ask, Item, Means, Pair, Variant
 from rv_distributed.evaluation.perturbations import perturb, renaming
+from rv_distributed.runtime.worker import choose_device
 
 #: Whether an item's question was changed; beside its own fields.
 _CHANGED: Final = "rv_question_changed"
@@ -125,14 +126,11 @@ def _load(manager: Any, ask: Ask) -> dict[str, Any]:
 
 def _perturb(name: str, task: Any, ask: Ask, perturbation: str) -> None:
     """Put perturbed items in the place of a task's own. Raises InputError."""
+    alone = "Leave out --perturb for it: evaluate it in a command of its own."
     if task.OUTPUT_TYPE != "generate_until":
-        remedy = "Leave out --perturb for it: evaluate it in a command of its own."
-        raise InputError(
-            [Problem(name, f"is no generative task, but {task.OUTPUT_TYPE}: nothing is perturbed", remedy)]
-        )
+        raise InputError([Problem(name, f"is {task.OUTPUT_TYPE}; only generative tasks are perturbed", alone)])
     if getattr(task, "UNSAFE_CODE", False):
-        remedy = "Leave out --perturb for it: evaluate it in a command of its own."
-        raise InputError([Problem(name, "asks for code, of which any changed word is another program", remedy)])
+        raise InputError([Problem(name, "asks for code, of which any changed word is another program", alone)])
     docs = list(task.eval_docs)
     field = ask.field if ask.field is not None else _question_field(task, docs)
     if field is None or not all(isinstance(doc.get(field), str) for doc in docs):
@@ -238,16 +236,8 @@ def _open_model(folder: str, means: Means) -> Any:
     transformers.utils.logging.disable_progress_bar()
     given = model_arguments(means)
     size = int(means.batch_size) if means.batch_size.isdigit() else means.batch_size
-    more = {"batch_size": size, "max_batch_size": None, "device": _device(means.device)}
+    more = {"batch_size": size, "max_batch_size": None, "device": choose_device(means.device)}
     return get_model(means.backend).create_from_arg_obj({"pretrained": folder, **given}, more)
-
-
-def _device(device: str) -> str:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _seed(tasks: Iterable[Any]) -> None:

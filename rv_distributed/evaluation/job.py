@@ -32,6 +32,7 @@ from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Operation, Recipe, Vector, as_float32, show_alpha
 from rv_distributed.runtime.select import RunOptions, choose_runtime
+from rv_distributed.runtime.worker import choose_device
 
 MODELS: Final = "models"
 _PACKAGES: Final = {"hf": ("lm_eval", "transformers", "accelerate"), "vllm": ("lm_eval", "vllm")}
@@ -89,6 +90,8 @@ def prepare_evaluation(target: str, vector: Vector | None, out: str, options: Ev
     or else with those of the tasks; OutputError when ``out`` is something else.
     """
     _check_packages(options.means)
+    if choose_runtime(options.run) == "local":
+        choose_device(options.run.device)
     out = os.path.abspath(out)
     _check_place(out)
     alphas = tuple(dict.fromkeys(as_float32(alpha) for alpha in options.alphas if as_float32(alpha)))
@@ -116,7 +119,7 @@ def prepare_evaluation(target: str, vector: Vector | None, out: str, options: Ev
         for variant in variants
         for ask in options.asks
     )
-    kept = {pair: answers for pair in pairs if (answers := read_record(out, pair)) is not None}
+    kept = {} if options.run.restart else _kept(out, pairs)
     items = {ask: (found.items, found.perturbed) for ask, found in asked.items()}
     return EvaluationJob(frame.uri, vector, out, options, job, pairs, items, kept, versions)
 
@@ -242,6 +245,10 @@ def _identity(variant: Variant, ask: Ask, task: str, means: Means, versions: Map
     own = {"model": variant.identity, "asked": asdict(ask), "task": task, "versions": dict(versions)}
     own |= {"backend": means.backend, "model_args": means.model_args}
     return blake3(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(out: str, pairs: Sequence[Pair]) -> dict[Pair, Answers]:
+    return {pair: answers for pair in pairs if (answers := read_record(out, pair)) is not None}
 
 
 def _versions(means: Means) -> dict[str, str]:
