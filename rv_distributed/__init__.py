@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         VerifyError,
         WorkerError,
     )
+    from rv_distributed.evaluation import Ask, Evaluation, EvaluationOptions, Means, prepare_evaluation
     from rv_distributed.job import Job, prepare
     from rv_distributed.opening import open_checkpoint
     from rv_distributed.plan import PlanOptions
@@ -41,13 +42,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ask",
     "ChangedError",
     "Checkpoint",
+    "Evaluation",
+    "EvaluationOptions",
     "Finding",
     "InputError",
     "Interrupted",
     "Job",
     "Manifest",
+    "Means",
     "NonFiniteError",
     "OutputError",
     "PieceError",
@@ -68,6 +73,7 @@ __all__ = [
     "extract",
     "open_checkpoint",
     "prepare",
+    "prepare_evaluation",
     "transfer",
     "verify",
     "verify_against_inputs",
@@ -76,13 +82,17 @@ __all__ = [
 #: Where each public name is defined. They are imported at first use, so that a command that only prints its
 #: help, or a worker that needs one module, does not load the others.
 _HOMES = {
+    "Ask": "rv_distributed.evaluation",
     "ChangedError": "rv_distributed.errors",
     "Checkpoint": "rv_distributed.checkpoint.model",
+    "Evaluation": "rv_distributed.evaluation",
+    "EvaluationOptions": "rv_distributed.evaluation",
     "Finding": "rv_distributed.errors",
     "InputError": "rv_distributed.errors",
     "Interrupted": "rv_distributed.errors",
     "Job": "rv_distributed.job",
     "Manifest": "rv_distributed.checkpoint.manifest",
+    "Means": "rv_distributed.evaluation",
     "NonFiniteError": "rv_distributed.errors",
     "OutputError": "rv_distributed.errors",
     "PieceError": "rv_distributed.errors",
@@ -103,6 +113,7 @@ _HOMES = {
     "extract": "rv_distributed.api",
     "open_checkpoint": "rv_distributed.opening",
     "prepare": "rv_distributed.job",
+    "prepare_evaluation": "rv_distributed.evaluation",
     "transfer": "rv_distributed.api",
     "verify": "rv_distributed.verification",
     "verify_against_inputs": "rv_distributed.verification",

@@ -26,8 +26,11 @@ THETA: Final = 10000.0
 EPSILON: Final = 1e-6
 _HEAD: Final = HIDDEN // HEADS
 
-Cache = list[tuple[Tensor, Tensor]]
-"""Keys and values of every layer, each (rows, KV heads, positions, head)."""
+Turn = tuple[Tensor, Tensor]
+"""Cosine and sine of the rotary embedding, each (positions, head)."""
+Kept = tuple[Tensor, Tensor]
+"""Keys and values of a layer, each (rows, KV heads, positions, head)."""
+Cache = list[Kept]
 
 
 class _Attention(nn.Module):
@@ -38,9 +41,7 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(HIDDEN, KV_HEADS * _HEAD)
         self.o_proj = nn.Linear(HEADS * _HEAD, HIDDEN, bias=False)
 
-    def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, turn: Turn, past: Kept | None) -> tuple[Tensor, Kept]:
         rows, count, _ = x.shape
         q = _turned(self.q_proj(x).view(rows, count, HEADS, _HEAD).transpose(1, 2), turn)
         k = _turned(self.k_proj(x).view(rows, count, KV_HEADS, _HEAD).transpose(1, 2), turn)
@@ -73,6 +74,11 @@ class _Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(HIDDEN, EPSILON)
         self.post_attention_layernorm = nn.RMSNorm(HIDDEN, EPSILON)
 
+    def forward(self, x: Tensor, turn: Turn, past: Kept | None) -> tuple[Tensor, Kept]:
+        mixed, kept = self.self_attn(self.input_layernorm(x), turn, past)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
+
 
 class _Body(nn.Module):
     def __init__(self) -> None:
@@ -103,9 +109,7 @@ class TinyQwen2(nn.Module):
         turn = self._cos[start : start + tokens.shape[1]], self._sin[start : start + tokens.shape[1]]
         x, cache = self.model.embed_tokens(tokens), []
         for number, layer in enumerate(self.model.layers):
-            mixed, kept = layer.self_attn(layer.input_layernorm(x), turn, past[number] if past is not None else None)
-            x = x + mixed
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x, kept = layer(x, turn, past[number] if past is not None else None)
             cache.append(kept)
         return functional.linear(self.model.norm(x), self.model.embed_tokens.weight), cache
 
@@ -143,7 +147,7 @@ class TinyQwen2(nn.Module):
         write_tokenizer(folder)
 
 
-def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+def _turned(x: Tensor, turn: Turn) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864), with halves paired as in Llama and Qwen2."""
     cos, sin = turn
     first, second = x.chunk(2, -1)

@@ -89,8 +89,8 @@ def use_rv(out: Path) -> None:
     rv("verify", out / "applied", "--against-inputs")
     if (out / "applied/model.safetensors").read_bytes() != (out / "transferred/model.safetensors").read_bytes():
         raise SystemExit("extract and apply gave other bytes than transfer")
-    how = ("--tasks", "tiny_chains", "--task-path", out / "tasks", "--perturb", ",".join(PERTURBATIONS))
-    how += ("--in-memory", "--batch-size", "128", "--runtime", "local")
+    how: list[str | Path] = ["--tasks", "tiny_chains", "--task-path", out / "tasks"]
+    how += ["--perturb", ",".join(PERTURBATIONS), "--in-memory", "--batch-size", "128", "--runtime", "local"]
     alphas = ",".join(map(str, ALPHAS))
     rv(
         "eval",

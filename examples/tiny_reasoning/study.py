@@ -41,11 +41,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, default=Path("tiny-reasoning-study"))
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, of one processor each")
+    parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
     parser.add_argument("--toy", action="store_true", help="train next to nothing, to see that everything runs")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(given.jobs) as pool:
-        failed = list(pool.map(lambda seed: run_seed(seed, given.out, toy=given.toy), given.seeds))
+        failed = list(
+            pool.map(lambda seed: run_seed(seed, given.out, problems=given.problems, toy=given.toy), given.seeds)
+        )
     kept = [seed for seed, why in zip(given.seeds, failed, strict=True) if not why]
     lost = [f"seed {seed}: {why}" for seed, why in zip(given.seeds, failed, strict=True) if why]
     text = report([read_seed(given.out / f"seed{seed}") for seed in kept], kept, lost)
@@ -57,14 +60,15 @@ def main() -> int:
     return 0 if kept else 1
 
 
-def run_seed(seed: int, out: Path, *, toy: bool) -> str:
+def run_seed(seed: int, out: Path, *, problems: int, toy: bool) -> str:
     """Run a seed that is not finished; why it failed, if it did."""
     folder = out / f"seed{seed}"
     if (folder / "report.html").exists():
         return ""
     shutil.rmtree(folder, ignore_errors=True)
     script = str(Path(__file__).with_name("run.py"))
-    command = [sys.executable, script, "--seed", str(seed), "--out", str(folder), *(["--toy"] if toy else [])]
+    command = [sys.executable, script, "--seed", str(seed), "--out", str(folder), "--problems", str(problems)]
+    command += ["--toy"] if toy else []
     with open(out / f"seed{seed}.log", "w", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=log, check=False)
     if done.returncode == NOT_LEARNED:
@@ -122,7 +126,7 @@ def _table(title: str, seeds: Sequence[Answers], what: str) -> list[str]:
 
 def mean(answers: Answers, key: Key, what: str = "score") -> float:
     own = answers[key]
-    return sum(getattr(answer, what) for answer in own) / len(own)
+    return sum(float(getattr(answer, what)) for answer in own) / len(own)
 
 
 def show(values: Sequence[float]) -> str:

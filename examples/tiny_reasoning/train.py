@@ -145,7 +145,7 @@ def randomly_moved(model: TinyQwen2, other: TinyQwen2, seed: int) -> TinyQwen2:
     with torch.no_grad():
         for own, there in zip(moved.parameters(), other.parameters(), strict=True):
             way = torch.randn(own.shape, generator=generator)
-            own += way * ((there - own).norm() / way.norm())
+            own.add_(way * ((there - own).norm() / way.norm()))
     return moved
 
 
@@ -184,7 +184,7 @@ def _update(model: TinyQwen2, optimizer: torch.optim.AdamW, loss: Tensor, rate: 
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation for it
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 

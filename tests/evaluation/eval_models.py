@@ -54,11 +54,22 @@ def write_tasks(folder: Path, items: int = 24) -> Path:
         for n in range(items)
     ]
     (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}}}
-    common = {**data, "test_split": "test", "doc_to_text": "{{question}}:"}
-    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{answers}}", "doc_to_target": "{{right}}"}
+    data: dict[str, Any] = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
+    }
+    common: dict[str, Any] = {**data, "test_split": "test", "doc_to_text": "{{question}}:"}
+    choice: dict[str, Any] = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{answers}}",
+        "doc_to_target": "{{right}}",
+    }
     choice |= {"target_delimiter": "", "metric_list": _mean("acc")}
-    text = {"output_type": "generate_until", "doc_to_target": "{{answers[right]}}", "metric_list": _mean("exact_match")}
+    text: dict[str, Any] = {
+        "output_type": "generate_until",
+        "doc_to_target": "{{answers[right]}}",
+        "metric_list": _mean("exact_match"),
+    }
     text |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}}
     for name, own in (("tiny_choice", choice), ("tiny_text", text), ("tiny_code", {**text, "unsafe_code": True})):
         # JSON is YAML.

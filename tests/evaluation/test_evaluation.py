@@ -86,8 +86,9 @@ def test_scores_are_those_of_plain_transformers_on_what_rv_transfer_writes(place
     for alpha in ALPHAS:
         folder = place / f"by-hand{alpha}"
         if alpha:
-            inputs = [str(place / name) for name in ("target", "donor", "reference")]
-            rv.transfer(*inputs, str(folder), alpha=alpha, run_options=rv.RunOptions(runtime="local"))
+            target, donor, reference = (str(place / name) for name in ("target", "donor", "reference"))
+            here = rv.RunOptions(runtime="local")
+            rv.transfer(target, donor, reference, str(folder), alpha=alpha, run_options=here)
         wanted = choices(folder if alpha else place / "target", documents(place))
         assert [row["score"] for row in rows if row["alpha"] == alpha] == wanted
         seen.add(tuple(wanted))

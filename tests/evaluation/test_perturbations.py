@@ -87,7 +87,7 @@ def test_noise_leaves_numbers_names_and_amounts_alone_and_is_read_as_the_same_wo
 
 def test_noise_falls_about_as_often_as_it_says() -> None:
     text = " ".join(["people"] * 2000)
-    made = noise(text, random.Random(0)).text  # noqa: S311 - no secret
+    made = noise(text, random.Random(0)).text
     changed = sum(word != "people" for word in made.split())
     doubled = made.count("  ")
     assert 150 < changed < 250
