@@ -12,10 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rv_distributed.api import apply, extract, transfer
+    from rv_distributed.api import apply, extract, run, transfer
     from rv_distributed.checkpoint.manifest import Manifest
     from rv_distributed.checkpoint.model import Checkpoint, Tensor
+    from rv_distributed.comparison import Diff, diff
     from rv_distributed.errors import (
+        Cancelled,
         ChangedError,
         Finding,
         InputError,
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
     from rv_distributed.job import Job, prepare
     from rv_distributed.opening import open_checkpoint
     from rv_distributed.plan import PlanOptions
-    from rv_distributed.recipe import Recipe, Vector
+    from rv_distributed.recipe import ByTensor, Choice, Recipe, Vector
+    from rv_distributed.recipe_files.loaded import LoadedRecipe
+    from rv_distributed.recipe_files.reading import load_recipe
     from rv_distributed.runtime.select import RunOptions
     from rv_distributed.verification import verify, verify_against_inputs
     from rv_distributed.watching import Progress, Share
@@ -43,14 +47,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Ask",
+    "ByTensor",
+    "Cancelled",
     "ChangedError",
     "Checkpoint",
+    "Choice",
+    "Diff",
     "Evaluation",
     "EvaluationOptions",
     "Finding",
     "InputError",
     "Interrupted",
     "Job",
+    "LoadedRecipe",
     "Manifest",
     "Means",
     "NonFiniteError",
@@ -70,10 +79,13 @@ __all__ = [
     "VerifyError",
     "WorkerError",
     "apply",
+    "diff",
     "extract",
+    "load_recipe",
     "open_checkpoint",
     "prepare",
     "prepare_evaluation",
+    "run",
     "transfer",
     "verify",
     "verify_against_inputs",
@@ -83,14 +95,19 @@ __all__ = [
 #: help, or a worker that needs one module, does not load the others.
 _HOMES = {
     "Ask": "rv_distributed.evaluation",
+    "ByTensor": "rv_distributed.recipe",
+    "Cancelled": "rv_distributed.errors",
     "ChangedError": "rv_distributed.errors",
+    "Choice": "rv_distributed.recipe",
     "Checkpoint": "rv_distributed.checkpoint.model",
     "Evaluation": "rv_distributed.evaluation",
     "EvaluationOptions": "rv_distributed.evaluation",
+    "Diff": "rv_distributed.comparison",
     "Finding": "rv_distributed.errors",
     "InputError": "rv_distributed.errors",
     "Interrupted": "rv_distributed.errors",
     "Job": "rv_distributed.job",
+    "LoadedRecipe": "rv_distributed.recipe_files.loaded",
     "Manifest": "rv_distributed.checkpoint.manifest",
     "Means": "rv_distributed.evaluation",
     "NonFiniteError": "rv_distributed.errors",
@@ -110,10 +127,13 @@ _HOMES = {
     "VerifyError": "rv_distributed.errors",
     "WorkerError": "rv_distributed.errors",
     "apply": "rv_distributed.api",
+    "diff": "rv_distributed.comparison",
     "extract": "rv_distributed.api",
     "open_checkpoint": "rv_distributed.opening",
+    "load_recipe": "rv_distributed.recipe_files.reading",
     "prepare": "rv_distributed.job",
     "prepare_evaluation": "rv_distributed.evaluation",
+    "run": "rv_distributed.api",
     "transfer": "rv_distributed.api",
     "verify": "rv_distributed.verification",
     "verify_against_inputs": "rv_distributed.verification",

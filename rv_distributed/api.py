@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping, Sequence
 
 from rv_distributed.checkpoint.manifest import Manifest
@@ -23,17 +25,20 @@ def extract(
     plan_options: PlanOptions | None = None,
     run_options: RunOptions | None = None,
     progress: ProgressCallback | None = None,
+    cancel: threading.Event | None = None,
 ) -> Manifest:
     """Write the vector ``V = A − B`` of two checkpoints, as a checkpoint of its own.
 
     In float32, the default, applying it gives the same bytes as `transfer`; with ``PlanOptions(dtype="bfloat16")``
     it takes half the space and the manifest counts the elements that were not exact.
 
-    Raises UsageError, InputError and OutputError before anything is written; RunError, with what was
+    ``progress`` is called after every piece; ``cancel``, once it is set, stops the run at the next one.
+
+    Raises UsageError, InputError and OutputError before anything is written; RunError and Cancelled, with what was
     finished kept for the next call, afterwards.
     """
     recipe = Recipe("extract", None, (Vector(donor, reference),), ((1.0,),))
-    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress)[0]
+    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress, cancel)[0]
 
 
 def apply(
@@ -44,6 +49,7 @@ def apply(
     plan_options: PlanOptions | None = None,
     run_options: RunOptions | None = None,
     progress: ProgressCallback | None = None,
+    cancel: threading.Event | None = None,
 ) -> Manifest:
     """Write ``O = T + Σ αₖ·Vₖ`` for stored vectors, given with their alphas in the order of addition.
 
@@ -51,7 +57,7 @@ def apply(
     """
     pairs = list(vectors.items() if isinstance(vectors, Mapping) else vectors)
     recipe = Recipe("apply", target, tuple(Vector(uri) for uri, _ in pairs), (tuple(alpha for _, alpha in pairs),))
-    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress)[0]
+    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress, cancel)[0]
 
 
 def transfer(
@@ -64,10 +70,30 @@ def transfer(
     plan_options: PlanOptions | None = None,
     run_options: RunOptions | None = None,
     progress: ProgressCallback | None = None,
+    cancel: threading.Event | None = None,
 ) -> Manifest:
     """Write ``O = T + α·(A − B)`` in one pass over the three checkpoints, with nothing stored in between.
 
     Raises as `extract`.
     """
     recipe = Recipe("transfer", target, (Vector(donor, reference),), ((alpha,),))
-    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress)[0]
+    return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress, cancel)[0]
+
+
+def run(
+    recipe: str | os.PathLike[str],
+    out: str,
+    *,
+    run_options: RunOptions | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: threading.Event | None = None,
+) -> tuple[Manifest, ...]:
+    """Make what a recipe file says, ours or mergekit's; one manifest an output.
+
+    ``out`` holds ``{alpha}`` and ``{include}`` where the recipe sweeps over them. Raises as `extract`.
+    """
+    from rv_distributed.recipe_files.reading import load_recipe
+
+    loaded = load_recipe(recipe)
+    job = prepare(loaded.recipe, loaded.outs(out), loaded.plan_options, run_options or RunOptions())
+    return job.run(progress, cancel)

@@ -12,7 +12,8 @@
     │   ├── WorkerError   workers died, and no attempts are left
     │   └── ChangedError  an input changed while it was read
     ├── VerifyError       a finished output differs from its manifest          exit status 3
-    └── Interrupted       SIGINT or SIGTERM; the run can be resumed            exit status 130, 143
+    ├── Interrupted       SIGINT or SIGTERM; the run can be resumed            exit status 130, 143
+    └── Cancelled         the caller's event asked the run to stop; it can be resumed
 
 All of them survive pickling: their constructors take exactly the values that they keep in ``args``. What they
 quote from files is hostile until `one_line` or `printable` has been over it; the command line shows nothing else.
@@ -190,3 +191,7 @@ class Interrupted(RvError):
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.signum).name}"
+
+
+class Cancelled(RvError):
+    """The caller asked the run to stop. Finished pieces are kept: the same call resumes."""

@@ -12,7 +12,7 @@ from blake3 import blake3
 from rv_distributed.plan import Plan
 
 #: Counts up when a change to this package changes the bytes or the records that a plan leads to.
-FORMAT = 2
+FORMAT = 3
 
 
 def identity_of(plan: Plan, output: int) -> dict[str, Any]:
@@ -24,7 +24,9 @@ def identity_of(plan: Plan, output: int) -> dict[str, Any]:
     for shard in plan.shards:
         layout.update(shard.name.encode()).update(shard.header)
     for tensor in plan.tensors:
-        layout.update(repr((tensor.name, tensor.rule)).encode())
+        rule, _ = tensor.rule_in(output)
+        weights = tensor.weights[output] if rule == "combine" else None
+        layout.update(repr((tensor.name, rule, weights and tuple(weights))).encode())
     for piece in plan.pieces:
         layout.update(repr(piece).encode())
     return {

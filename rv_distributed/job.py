@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,10 @@ from typing import Literal
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.pieces import PieceRow
-from rv_distributed.errors import InputError, OutputError, PieceError, Problem, RunError, UsageError
+from rv_distributed.errors import Cancelled, InputError, OutputError, PieceError, Problem, RunError, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.opening import open_checkpoint, same_weights
-from rv_distributed.plan import Plan, PlanOptions, make_plan, misfits, task_of
+from rv_distributed.plan import PieceTask, Plan, PlanOptions, make_plan, misfits, task_of
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer, check_unchanged
 from rv_distributed.results import piece_rows
@@ -65,7 +66,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     runtime = choose_runtime(run_options)
     streams = _most_streams(run_options) if runtime == "local" else 2 * run_options.cpus_per_worker
     sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options))
-    return Job(recipe, opened, plan, tuple(outs), complete, run_options, runtime, sizing)
+    return Job(recipe, plan_options, opened, plan, tuple(outs), complete, run_options, runtime, sizing)
 
 
 def _complete(plan: Plan, outs: Sequence[str], options: RunOptions) -> dict[int, Manifest]:
@@ -95,7 +96,7 @@ def _collector_paused() -> Iterator[None]:
 
 def _open_all(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[Problem]]:
     """The checkpoints that could be opened, by the recipe's names for them, and what is wrong with the others."""
-    uris = [recipe.target] if recipe.target is not None else []
+    uris = [recipe.frame]
     for vector in recipe.vectors:
         uris += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
 
@@ -146,6 +147,11 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Pr
     return problems
 
 
+def _check(cancel: threading.Event) -> None:
+    if cancel.is_set():
+        raise Cancelled("stopped by its caller; the same call resumes")
+
+
 def _most_streams(options: RunOptions) -> int:
     """Of the local runtime."""
     return options.workers or min(16, 2 * usable_cpus())
@@ -160,6 +166,7 @@ class Job:
     """A run that is checked, planned and ready."""
 
     recipe: Recipe
+    plan_options: PlanOptions
     opened: Mapping[str, Checkpoint]
     """The inputs, by the names that the recipe gives them."""
     plan: Plan
@@ -197,20 +204,29 @@ class Job:
         sidecars = sum(file.size for file in self.opened[self.recipe.frame].sidecars)
         return rooms([self.outs[number] for number in self.todo], self.plan.output_bytes + sidecars)
 
+    def recipe_text(self, output: int) -> str:
+        """The recipe file that makes one output again."""
+        from rv_distributed.recipe_files.writing import recipe_text
+
+        uris = {name: checkpoint.uri for name, checkpoint in self.opened.items()}
+        return recipe_text(self.recipe, output, self.plan_options, uris)
+
     def check_space(self) -> None:
         """Raise OutputError when the outputs do not fit."""
         check_rooms(self.rooms)
 
-    def run(self, progress: ProgressCallback | None = None) -> tuple[Manifest, ...]:
+    def run(
+        self, progress: ProgressCallback | None = None, cancel: threading.Event | None = None
+    ) -> tuple[Manifest, ...]:
         """Make the outputs; returns their manifests, in order.
 
-        Finished pieces of an earlier, interrupted run of the same job are checked and kept. Raises
-        OutputError when an output's place is taken or too small, NonFiniteError when an output holds NaN or
-        infinity, which is not allowed, RunError when the run fails.
+        Finished pieces of an earlier, interrupted run of the same job are checked and kept. ``cancel``, once it is set,
+        stops the run at the next piece. Raises OutputError when an output's place is taken or too small, NonFiniteError
+        when an output holds NaN or infinity, which is not allowed, RunError when the run fails, and Cancelled.
         """
         self.check_space()
         try:
-            made = self._make(progress) if self.todo else {}
+            made = self._make(progress, cancel or threading.Event()) if self.todo else {}
         except PieceError:
             check_unchanged(self.plan)  # then that is the cause
             raise
@@ -221,7 +237,7 @@ class Job:
             tidy(out)
         return tuple((made | dict(self.complete))[number] for number in range(len(self.outs)))
 
-    def _make(self, progress: ProgressCallback | None) -> dict[int, Manifest]:
+    def _make(self, progress: ProgressCallback | None, cancel: threading.Event) -> dict[int, Manifest]:
         with ExitStack() as stack:
             runtime = stack.enter_context(self._runtime())
             stagings = []
@@ -234,13 +250,16 @@ class Job:
             kept = self._keep(stagings, reducers)
             watch = self._watch(stagings, kept, progress)
             try:
-                timings, pieces = self._stream(runtime, stagings, reducers, kept, watch)
+                timings, pieces = self._stream(runtime, stagings, reducers, kept, watch, cancel)
                 watch.committing()
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
                         reducer.check_finite()
                 frame = self.opened[self.recipe.frame]
-                manifests = [reducer.commit(frame, self.opened, timings, pieces) for reducer in reducers]
+                manifests = [
+                    reducer.commit(frame, self.opened, timings, pieces, self.recipe_text(number))
+                    for number, reducer in zip(self.todo, reducers, strict=True)
+                ]
             except BaseException as error:
                 watch.stopped(error)
                 raise
@@ -273,13 +292,21 @@ class Job:
         reducers: Sequence[Reducer],
         kept: set[int],
         watch: Watch,
+        cancel: threading.Event,
     ) -> tuple[Timings, list[PieceRow]]:
         """Run all pieces that are not kept."""
-        tasks = (task_of(self.plan, piece) for piece in self.plan.pieces if piece.number not in kept)
+
+        def tasks() -> Iterator[PieceTask]:
+            for piece in self.plan.pieces:
+                # Workers ask for the next task before the results of others come.
+                _check(cancel)
+                if piece.number not in kept:
+                    yield task_of(self.plan, piece)
+
         began = time.monotonic()
         done: list[tuple[PieceResult, float]] = []
         # Closed before the stagings are: no worker may write once another run can take the place.
-        with closing(runtime.run(tasks, self._worker_config(stagings))) as results:
+        with closing(runtime.run(tasks(), self._worker_config(stagings))) as results:
             for result in results:
                 for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
                     reducer.add(result.piece, spans)
@@ -287,6 +314,7 @@ class Job:
                 watch.add(result)
                 # Of its outputs, the reducers have what is wanted.
                 done.append((result._replace(outputs=()), time.monotonic() - began))
+                _check(cancel)
         shares = watch.workers.values()
         timings = Timings(
             run_s=time.monotonic() - began,
@@ -303,7 +331,8 @@ class Job:
     def _worker_config(self, stagings: Sequence[Staging]) -> WorkerConfig:
         return WorkerConfig(
             outputs=tuple(staging.folder for staging in stagings),
-            alphas=tuple(self.plan.alphas[number] for number in self.todo),
+            numbers=self.todo,
+            weighted=self.plan.weighted,
             device=self.options.device,
             streams=self.sizing.streams,
             cpus=usable_cpus() if self.runtime == "local" else self.options.cpus_per_worker,

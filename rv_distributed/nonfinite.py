@@ -43,7 +43,7 @@ def _operands(tensor: TensorPlan) -> Iterator[tuple[str, Operand]]:
         yield "target", tensor.target
     for vector in tensor.vectors:
         if vector.minus is None:
-            yield "vector", vector.plus
+            yield "vector" if tensor.target is not None else "model", vector.plus
         else:
             yield "donor", vector.plus
             yield "reference", vector.minus

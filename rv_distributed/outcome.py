@@ -20,8 +20,8 @@ def show_measures(manifest: Manifest) -> str:
     texts = _vector(totals) if manifest.options["stats"] != "none" else ["nothing was measured (--stats none)"]
     if manifest.options["stats"] != "none":
         share = totals.changed_elements / max(1, totals.parameters)
-        texts.append(f"{share:.1%} of the elements {'not zero' if manifest.operation == 'extract' else 'changed'}")
-    if manifest.operation != "extract" and totals.realised_alpha is not None:
+        texts.append(f"{share:.1%} of the elements {'changed' if manifest.has_target else 'not zero'}")
+    if manifest.has_target and totals.realised_alpha is not None:
         texts.append(f"{_asked(manifest)} realised as {totals.realised_alpha:.4g}")
         if totals.absorbed_elements:
             texts.append(f"{totals.absorbed_elements / totals.nonzero_elements:.1%} of the changes lost in rounding")
@@ -44,7 +44,7 @@ def _vector(totals: Totals) -> list[str]:
 def oddities(out: str, manifest: Manifest) -> list[str]:
     """Warnings of a vector that was zero in all tensors that were computed, and of an alpha that was not realised."""
     totals = manifest.totals
-    asked = manifest.operation == "extract" or any(manifest.alphas)
+    asked = manifest.operation == "extract" or any(alpha != 0 for alpha in manifest.alphas)
     # With an alpha of 0 in a sweep it is as it should be.
     if not totals.combined or not asked:
         return []
@@ -62,5 +62,7 @@ def oddities(out: str, manifest: Manifest) -> list[str]:
 
 def _asked(manifest: Manifest) -> str:
     """What was to be realised; of several vectors, the one that is their sum."""
-    one = len(manifest.alphas) <= 1
-    return f"alpha {show_alpha(manifest.totals.alpha)}" if one else "the vectors' weighted sum, of alpha 1,"
+    if len(manifest.alphas) > 1 or manifest.operation == "task_arithmetic":
+        return "the vectors' weighted sum, of alpha 1,"
+    alpha = manifest.totals.alpha
+    return f"a mean alpha of {alpha:.4g}" if None in manifest.alphas else f"alpha {show_alpha(alpha)}"

@@ -9,7 +9,6 @@ everything and publishes it by one rename.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
@@ -21,6 +20,7 @@ from rv_distributed.checkpoint.index import INDEX_FILE, build_index
 from rv_distributed.checkpoint.manifest import (
     MANIFEST_FILE,
     PIECES_FILE,
+    RECIPE_FILE,
     TABLE_FILE,
     FileEntry,
     InputEntry,
@@ -44,6 +44,7 @@ from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging import Staging
 from rv_distributed.storage import open_folder
 from rv_distributed.storage.publish import create, make_folder, naming
+from rv_distributed.versions import versions
 
 _CARD_FILE = "README.md"
 _MAX_CARD_BYTES = 1_000_000
@@ -55,7 +56,6 @@ class Reducer:
     def __init__(self, plan: Plan, output: int, staging: Staging) -> None:
         self._plan = plan
         self._output = output
-        self._alphas = plan.alphas[output]
         self._staging = staging
         self._pieces: dict[int, tuple[SpanResult, ...]] = {}
 
@@ -69,17 +69,24 @@ class Reducer:
         check_finite(self._plan, self._staging.out, self._results[0])
 
     def commit(
-        self, frame: Checkpoint, opened: Mapping[str, Checkpoint], timings: Timings, pieces: Sequence[PieceRow]
+        self,
+        frame: Checkpoint,
+        opened: Mapping[str, Checkpoint],
+        timings: Timings,
+        pieces: Sequence[PieceRow],
+        recipe: str,
     ) -> Manifest:
         """Write the small files, flush everything, publish, and return the manifest.
 
-        ``frame`` is the checkpoint whose sidecar files go with the output; ``pieces`` say who made what and when.
+        ``frame`` is the checkpoint whose sidecar files go with the output; ``pieces`` say who made what and when;
+        ``recipe`` is the file that makes the output again.
         Raises RunError when a piece is missing, ChangedError when an input is no longer what the plan was made from,
         and OSError.
         """
         check_unchanged(self._plan)
         rows, totals = self._results
         files = [self._write(TABLE_FILE, write_table(rows)), self._write(PIECES_FILE, write_pieces(pieces))]
+        files.append(self._write(RECIPE_FILE, recipe.encode()))
         if len(self._plan.shards) > 1:
             weight_map = {row.name: row.shard for row in rows}
             files.append(self._write(INDEX_FILE, build_index(weight_map, self._plan.data_bytes)))
@@ -92,11 +99,11 @@ class Reducer:
             files.append(self._write(sidecar.name, data))
         manifest = Manifest(
             operation=self._plan.operation,
-            formula=formula(self._plan, self._alphas),
+            formula=formula(self._plan, self._output),
             inputs=tuple(
                 InputEntry(item.role, item.uri, item.fingerprint, item.revision) for item in self._plan.inputs
             ),
-            alphas=() if self._plan.operation == "extract" else self._alphas,
+            alphas=() if self._plan.operation == "extract" else self._plan.alphas[self._output],
             options=dict(self._plan.options),
             versions=versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -151,25 +158,34 @@ def check_unchanged(plan: Plan) -> None:
                 )
 
 
-def formula(plan: Plan, alphas: tuple[float, ...]) -> str:
-    """What an output is, in symbols."""
+def formula(plan: Plan, output: int) -> str:
+    """What an output is, in symbols; α where it depends on the tensor."""
     if plan.operation == "extract":
         return "V = A − B"
-    if plan.operation == "transfer":
-        return f"O = T {_signed(alphas[0])}·(A − B)"
-    return "O = T" + "".join(f" {_signed(alpha)}·V{number}" for number, alpha in enumerate(alphas, 1))
+    numbered = plan.operation != "transfer"
+    named = [_SYMBOLS[item.role] for item in plan.inputs if item.role in _SYMBOLS]
+    alphas = plan.alphas[output]
+    terms = [
+        f"{_signed(alpha, number)}·{symbol.format(number if numbered else '')}"
+        for number, (alpha, symbol) in enumerate(zip(alphas, named, strict=True), 1)
+    ]
+    total = " ".join(terms)
+    options = dict(plan.options)
+    divided, scale = options.get("normalize") == "true", options.get("scale", "1")
+    if divided or scale != "1":
+        factor = "λ·" if scale == "by tensor" else f"{scale}·" if scale != "1" else ""
+        total = f"+ {factor}({total.removeprefix('+ ')}){' / Σα' if divided else ''}"
+    return f"O = T {total}" if plan.has_target else f"O = {total.removeprefix('+ ')}"
 
 
-def _signed(alpha: float) -> str:
+#: Of the vectors, by the roles of their first inputs.
+_SYMBOLS = {"vector": "V{0}", "donor": "(A{0} − B{0})", "model": "M{0}"}
+
+
+def _signed(alpha: float | None, number: int) -> str:
+    if alpha is None:
+        return f"+ α{number}"
     return f"{'−' if alpha < 0 else '+'} {show_alpha(abs(alpha))}"
-
-
-def versions() -> dict[str, str]:
-    """The versions that an output's bytes may depend on."""
-    from importlib import metadata
-
-    packages = ("rv-distributed", "torch", "numba", "llvmlite", "numpy", "safetensors", "pyarrow", "blake3")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
 def _license_of(checkpoint: Checkpoint) -> dict[str, str]:

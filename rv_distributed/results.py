@@ -26,16 +26,21 @@ def tensor_rows(plan: Plan, output: int, pieces: Mapping[int, Spans]) -> tuple[l
             start, stop = max(tensor.start, piece.start), min(tensor.stop, piece.stop)
             parts[span.tensor].append(PartDigest(start, stop, span.digest))
             leaves[span.tensor].append((piece.start // BLOCK_BYTES, span.measures))
-    alphas = plan.alphas[output]
-    alpha = alphas[0] if len(alphas) == 1 and plan.operation != "extract" else 1.0
     measures = list(map(add_up, leaves))
-    rows = [_row(plan, *of, alpha) for of in zip(plan.tensors, map(tuple, parts), measures, strict=True)]
-    return rows, _totals(plan, rows, measures, alpha)
+    rows = [_row(plan, output, *of) for of in zip(plan.tensors, map(tuple, parts), measures, strict=True)]
+    return rows, _totals(plan, output, rows, measures)
 
 
-def _row(plan: Plan, tensor: TensorPlan, parts: tuple[PartDigest, ...], measures: Measures, alpha: float) -> TensorRow:
+def _alpha(plan: Plan, output: int, tensor: TensorPlan) -> float:
+    """Of what was measured as v."""
+    return 1.0 if plan.weighted or not plan.has_target else tensor.weights[output].alphas[0]
+
+
+def _row(plan: Plan, output: int, tensor: TensorPlan, parts: tuple[PartDigest, ...], measures: Measures) -> TensorRow:
     elements = max(1, math.prod(tensor.shape))
-    measured = tensor.rule == "combine" and plan.stats != "none"
+    rule, why = tensor.rule_in(output)
+    alpha = _alpha(plan, output, tensor) if rule == "combine" else 0.0
+    measured = rule == "combine" and plan.stats != "none"
     full, moves = measured and plan.stats == "full", measured and tensor.target is not None
     v_norm, t_norm = math.sqrt(measures.v_sq), math.sqrt(measures.t_sq)
     return TensorRow(
@@ -48,8 +53,8 @@ def _row(plan: Plan, tensor: TensorPlan, parts: tuple[PartDigest, ...], measures
         bytes=tensor.stop - tensor.start,
         digest=digest_of([part.digest for part in parts] or [NO_BYTES]),
         parts=parts,
-        rule=tensor.rule,
-        why=tensor.why,
+        rule=rule,
+        why=why,
         v_norm=v_norm if measured else None,
         t_norm=t_norm if moves else None,
         v_t_ratio=ratio(v_norm, t_norm) if moves else None,
@@ -74,12 +79,18 @@ def _row(plan: Plan, tensor: TensorPlan, parts: tuple[PartDigest, ...], measures
     )
 
 
-def _totals(plan: Plan, rows: Sequence[TensorRow], measures: Sequence[Measures], alpha: float) -> Totals:
+def _totals(plan: Plan, output: int, rows: Sequence[TensorRow], measures: Sequence[Measures]) -> Totals:
     rules = Counter(row.rule for row in rows)
-    total = Measures()
-    for row, found in zip(rows, measures, strict=True):
+    total, wanted_v, wanted_sq = Measures(), 0.0, 0.0
+    alphas = set()
+    for tensor, row, found in zip(plan.tensors, rows, measures, strict=True):
         if row.rule == "combine":
             total = total.plus(found)
+            alpha = _alpha(plan, output, tensor)
+            alphas.add(alpha)
+            wanted_v += alpha * found.v_sq
+            wanted_sq += alpha * alpha * found.v_sq
+    asked = _asked(alphas, wanted_v, total.v_sq)
     v_norm, t_norm = math.sqrt(total.v_sq), math.sqrt(total.t_sq)
     full = plan.stats == "full"
     return Totals(
@@ -90,21 +101,28 @@ def _totals(plan: Plan, rows: Sequence[TensorRow], measures: Sequence[Measures],
         parameters=sum(math.prod(row.shape) for row in rows),
         data_bytes=plan.data_bytes,
         v_norm=_finite(v_norm) if plan.stats != "none" else None,
-        t_norm=_finite(t_norm) if plan.operation != "extract" and plan.stats != "none" else None,
+        t_norm=_finite(t_norm) if plan.has_target and plan.stats != "none" else None,
         v_max=_finite(total.v_max) if plan.stats != "none" else None,
         cosine=_finite(ratio(total.v_t, v_norm * t_norm)) if full else None,
-        alpha=alpha,
+        alpha=asked,
         realised_alpha=_finite(ratio(total.moved_v, total.v_sq)) if full else None,
-        relative_error=_finite(ratio(math.sqrt(total.error_sq), abs(alpha) * v_norm)) if full else None,
+        relative_error=_finite(ratio(math.sqrt(total.error_sq), math.sqrt(wanted_sq))) if full else None,
         nonzero_elements=total.nonzero,
         changed_elements=total.changed,
         absorbed_elements=total.absorbed,
-        ulps_max=total.ulps_max if plan.operation != "extract" else 0,
+        ulps_max=total.ulps_max if plan.has_target else 0,
         inexact_elements=total.inexact,
         overflowed_elements=sum(found.overflowed for found in measures),
         nan_elements=sum(found.nan for found in measures),
         infinite_elements=sum(found.infinite for found in measures),
     )
+
+
+def _asked(alphas: set[float], wanted_v: float, v_sq: float) -> float:
+    """The alpha of all tensors; where they have several, what a realised alpha would be without rounding."""
+    if len(alphas) <= 1:
+        return next(iter(alphas), 0.0)
+    return _finite(ratio(wanted_v, v_sq)) or 0.0
 
 
 def piece_rows(plan: Plan, results: Iterable[tuple[PieceResult, float]]) -> list[PieceRow]:

@@ -12,6 +12,7 @@ import pytest
 
 from rv_distributed import errors
 from rv_distributed.errors import (
+    Cancelled,
     ChangedError,
     Finding,
     InputError,
@@ -52,6 +53,7 @@ ERRORS: dict[str, tuple[RvError, int, str]] = {
         2,
         "/m/x.safetensors: tensor 'layers.0.weight': has the unknown dtype 'Q4'. Convert it.",
     ),
+    "Cancelled": (Cancelled("stopped by its caller"), 1, "stopped by its caller"),
     "OutputError": (OutputError("/out already exists"), 2, "/out already exists"),
     "RunError": (RunError("no space", 28), 1, "('no space', 28)"),
     "PieceError, no tensor": (
@@ -105,6 +107,7 @@ BASES: dict[type[RvError], type[Exception]] = {
     ChangedError: RunError,
     VerifyError: RvError,
     Interrupted: RvError,
+    Cancelled: RvError,
 }
 
 

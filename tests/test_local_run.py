@@ -182,7 +182,8 @@ def test_every_other_file_of_the_target_is_there_byte_for_byte(family: Family, t
     found = files_of(tmp_path / "out")
     for name in SIDECARS.keys() - {"README.md"}:
         assert found[name] == SIDECARS[name], name
-    own = {"README.md", "rv_manifest.json", "rv_tensors.parquet", "rv_pieces.parquet", "model.safetensors.index.json"}
+    own = {"README.md", "rv_manifest.json", "rv_recipe.yaml", "rv_tensors.parquet", "rv_pieces.parquet"}
+    own.add("model.safetensors.index.json")
     assert {name for name in found if not name.endswith(".safetensors")} == SIDECARS.keys() | own
     assert b"license: mit" in found["README.md"]
 

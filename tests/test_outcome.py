@@ -121,3 +121,17 @@ def test_the_example_s_numbers_are_those_of_its_definition(models: Path, tmp_pat
     assert totals["relative_error"] == pytest.approx(np.linalg.norm(o - t - alpha * v) / (alpha * np.linalg.norm(v)))
     assert totals["cosine"] == pytest.approx(np.dot(v, t) / np.linalg.norm(v) / np.linalg.norm(t))
     assert totals["absorbed_elements"] == np.count_nonzero((o == t) & (v != 0))
+
+
+def test_where_tensors_have_alphas_of_their_own_their_mean_is_told_in_few_digits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    for role in ROLES:
+        write_checkpoint(tmp_path / role, {name: weights(rng, "F32", (64, 64)) for name in ("a", "b", "c")})
+    recipe = tmp_path / "recipe.yaml"
+    choices = "[{match: a, alpha: 0.1}, {match: b, alpha: 0.2}, {alpha: 0.7}]"
+    recipe.write_text(f"target: target\nvectors: [{{donor: donor, reference: reference, alpha: {choices}}}]\n")
+    done = run_rv("run", str(recipe), "--out", str(tmp_path / "out"))
+    assert done.status == 0, done.stderr
+    totals = json.loads((tmp_path / "out" / "rv_manifest.json").read_bytes())["totals"]
+    assert 0.1 < totals["alpha"] < 0.7
+    assert f"a mean alpha of {totals['alpha']:.4g} realised as {totals['alpha']:.4g}" in done.stdout

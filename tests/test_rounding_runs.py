@@ -207,24 +207,16 @@ def test_unfinished_pieces_go_on_with_the_same_options_only(
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "error"),
-    [
-        ("seed", "12", "is not what the inputs give"),
-        ("compute_dtype", "float64", "is not what the inputs give"),
-        ("rounding", "nearest", "does not say what was computed"),  # for it has a seed
-        ("seed", "many", "does not say what was computed"),
-        ("compute_dtype", "float8", "does not say what was computed"),
-    ],
+    ("option", "value"),
+    [("seed", "12"), ("compute_dtype", "float64"), ("rounding", "nearest"), ("seed", "many"), ("dtype", "float8")],
 )
-def test_a_manifest_with_another_option_is_found_out(
-    family: Family, tmp_path: Path, option: str, value: str, error: str
-) -> None:
+def test_a_manifest_with_another_option_is_found_out(family: Family, tmp_path: Path, option: str, value: str) -> None:
     transfer(family, tmp_path / "out", STOCHASTIC)
     path = tmp_path / "out" / "rv_manifest.json"
     document = json.loads(path.read_bytes())
     document["options"][option] = value
     path.write_bytes(manifest_from(document).sealed().to_json())
-    with pytest.raises(rv.VerifyError, match=error):
+    with pytest.raises(rv.VerifyError, match=r"rv_manifest\.json: states other options or alphas than rv_recipe\.yaml"):
         rv.verify_against_inputs(str(tmp_path / "out"))
 
 

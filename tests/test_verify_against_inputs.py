@@ -52,10 +52,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def models(made: Path, tmp_path: Path) -> Path:
-    """A fresh copy of everything, whose manifests name the copies of the inputs."""
+    """A fresh copy of everything, whose manifests and recipes name the copies of the inputs."""
     root = Path(shutil.copytree(made, tmp_path / "models"))
     for path in root.glob("*/rv_manifest.json"):
         document = json.loads(path.read_bytes().replace(str(made).encode(), str(root).encode()))
+        recipe = path.with_name("rv_recipe.yaml").read_bytes().replace(str(made).encode(), str(root).encode())
+        path.with_name("rv_recipe.yaml").write_bytes(recipe)
+        for file in document["files"]:
+            if file["name"] == "rv_recipe.yaml":
+                file |= {"bytes": len(recipe), "digest": blake3(recipe).hexdigest()}
         path.write_bytes(manifest_from(document).sealed().to_json())
     return root
 
@@ -198,11 +203,23 @@ def test_an_input_gone_or_changed_is_named(models: Path, role: str, harm: Callab
     assert command("verify", models / "swept-1").returncode == 0
 
 
-def test_a_manifest_without_a_recipe_is_named(models: Path) -> None:
+def test_a_manifest_of_other_inputs_than_the_recipe_is_named(models: Path) -> None:
     path = models / "swept-1" / "rv_manifest.json"
     document = json.loads(path.read_bytes())
     document["inputs"].pop()
     path.write_bytes(manifest_from(document).sealed().to_json())
     done = command("verify", models / "swept-1", "--against-inputs", "--json")
     assert done.returncode == 3
-    assert [finding["file"] for finding in json.loads(done.stdout)["findings"]] == ["rv_manifest.json"]
+    assert [finding["file"] for finding in json.loads(done.stdout)["findings"]] == ["rv_recipe.yaml"]
+
+
+@pytest.mark.parametrize("harm", ["changed", "missing"])
+def test_a_recipe_that_is_not_what_was_written_is_named(models: Path, harm: str) -> None:
+    """A recipe that was changed must never decide what is compared."""
+    path = models / "swept-1" / "rv_recipe.yaml"
+    text = path.read_text()
+    path.unlink()
+    if harm == "changed":
+        path.write_text(text.replace("alpha: 1.0", "alpha: 0.5"))
+    with pytest.raises(rv.VerifyError, match=r"rv_recipe\.yaml"):
+        rv.verify_against_inputs(str(models / "swept-1"))

@@ -10,6 +10,7 @@ from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.errors import one_line, redacted
 
 TAGS: Final = ("merge", "task-arithmetic", "reasoning-vector")
+_KINDS: Final = {"extract": "A reasoning vector", "linear": "A weighted sum of models"}
 _METADATA: Final = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 _CACHE_FOLDER: Final = re.compile(r"/models--([^/]+)/snapshots/")
 
@@ -46,7 +47,7 @@ def build_card(manifest: Manifest, names: Mapping[str, str], licence: Mapping[st
     base_models = list(dict.fromkeys(names[item.uri] for item in manifest.inputs))
     # Written with yaml itself: importing huggingface_hub for it would take a fifth of a second of every run.
     metadata = {"base_model": base_models, "library_name": "transformers", **licence, "tags": list(TAGS)}
-    kind = "A reasoning vector" if manifest.operation == "extract" else "A model with a reasoning vector added"
+    kind = _KINDS.get(manifest.operation, "A model with a reasoning vector added")
     rows = [
         f"| {item.role} | {_cell(names[item.uri])} | {item.revision or ''} | `{item.fingerprint[:23]}…` |"
         for item in manifest.inputs

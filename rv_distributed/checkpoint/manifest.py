@@ -16,8 +16,12 @@ from blake3 import blake3
 MANIFEST_FILE: Final = "rv_manifest.json"
 TABLE_FILE: Final = "rv_tensors.parquet"
 PIECES_FILE: Final = "rv_pieces.parquet"
+RECIPE_FILE: Final = "rv_recipe.yaml"
 SCHEMA_VERSION: Final = 1
-OPERATIONS: Final = ("extract", "apply", "transfer")
+ROLES: Final = ("target", "donor", "reference", "vector", "model", "base")
+OPERATIONS: Final = ("extract", "apply", "transfer", "task_arithmetic", "linear")
+#: Their outputs are not a target and what was added to it.
+WITHOUT_TARGET: Final = ("extract", "linear")
 _HEX: Final = re.compile("[0-9a-f]{64}")
 _NO_DIGEST: Final = "0" * 64
 
@@ -27,7 +31,7 @@ class InputEntry:
     """One checkpoint that was read."""
 
     role: str
-    """target, donor, reference or vector."""
+    """target, donor, reference, vector, model or base."""
     uri: str
     fingerprint: str
     """See `Checkpoint.fingerprint`."""
@@ -132,8 +136,9 @@ class Manifest:
     operation: str
     formula: str
     inputs: tuple[InputEntry, ...]
-    alphas: tuple[float, ...]
-    """One a vector, as used: rounded to the dtype of the arithmetic. Empty for extract."""
+    alphas: tuple[float | None, ...]
+    """One a vector, as used: rounded to the dtype of the arithmetic; None for one that depends on the tensor, of which
+    rv_recipe.yaml tells. Empty for extract."""
     options: Mapping[str, str]
     versions: Mapping[str, str]
     created: str
@@ -149,6 +154,11 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     digest: str = _NO_DIGEST
     """BLAKE3 of the document as it is stored, with zeros in place of this digest."""
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the output is a target and what was added to it."""
+        return self.operation not in WITHOUT_TARGET
 
     def with_file(self, entry: FileEntry) -> Manifest:
         """The same manifest with one more file."""
@@ -194,8 +204,8 @@ def manifest_from(document: object) -> Manifest:
     return _one_of(Manifest, values)
 
 
-def _alpha(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _alpha(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
         raise ManifestError(f"is not a manifest: it has the alpha {value!r:.80}")
     return value
 
@@ -281,14 +291,14 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
             "inputs": _array(
                 _object(
                     {
-                        "role": {"enum": ["target", "donor", "reference", "vector"]},
+                        "role": {"enum": list(ROLES)},
                         "uri": _TEXT,
                         "fingerprint": {"type": "string", "pattern": "^blake3:[0-9a-f]{64}$"},
                         "revision": {"type": ["string", "null"]},
                     }
                 )
             ),
-            "alphas": _array(_NUMBER),
+            "alphas": _array(_NUMBER_OR_NULL),
             "options": _TEXTS,
             "versions": _TEXTS,
             "created": _TEXT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import sys
 from types import FrameType
@@ -11,7 +12,7 @@ from types import FrameType
 import typer
 
 from rv_distributed import __version__
-from rv_distributed.cli import bench, demo, evaluate, inspect, merge, report, submit, verify
+from rv_distributed.cli import bench, demo, diff, evaluate, inspect, merge, recipe, report, submit, verify, version
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
@@ -21,21 +22,19 @@ app = typer.Typer(
     epilog="Exit status: 0 done; 1 the run failed, run again to resume; 2 bad arguments or bad input; "
     "3 verify found a difference; 130 or 143 interrupted, run again to resume.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(merge.extract)
-app.command()(merge.apply)
-app.command()(merge.transfer)
-app.command()(inspect.inspect)
-app.command()(verify.verify)
-app.command()(report.report)
-app.command("eval")(evaluate.evaluate)
-app.command()(bench.bench)
-app.command()(demo.demo)
+_COMMANDS = (
+    *(merge.extract, merge.apply, merge.transfer, recipe.run),
+    *(inspect.inspect, diff.diff, verify.verify, report.report, bench.bench, demo.demo, version.version),
+)
+for _command in _COMMANDS:
+    app.command(context_settings={"auto_envvar_prefix": f"RV_{_command.__name__.upper()}"})(_command)
+app.command("eval", context_settings={"auto_envvar_prefix": "RV_EVAL"})(evaluate.evaluate)
+app.add_typer(recipe.app, name="recipe")
 # Options behind the name of the command that is submitted are that command's.
-app.command(context_settings={"allow_interspersed_args": False})(submit.submit)
+app.command(context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": "RV_SUBMIT"})(submit.submit)
 
 
 def _show_version(wanted: bool) -> None:
@@ -46,7 +45,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
+    shown: bool = typer.Option(
         False, "--version", help="Print the version and exit.", is_eager=True, callback=_show_version
     ),
 ) -> None:
@@ -77,7 +76,7 @@ def main() -> None:
             raise
         show()
         status = 2
-        if "--json" in sys.argv[1:]:
+        if wants_json():
             print_error(type(error).__name__, str(error), status)
     _let_go()
     gc.freeze()
@@ -87,11 +86,12 @@ def main() -> None:
 def report_error(error: RvError) -> int:
     """Print an error, as JSON too where that was asked for, and return its exit status."""
     hint = "\nNothing that was finished is lost: run the same command again to resume."
-    resumable = isinstance(error, (Interrupted, RunError)) and not isinstance(error, ChangedError)
+    stopped = isinstance(error, (Interrupted, RunError)) and not isinstance(error, ChangedError)
+    resumable = stopped and not {"diff", "verify"} & set(sys.argv[1:2])
     # The errors with lists have a line for each entry; in the others, a line end came with a name.
     text = str(error) if isinstance(error, (InputError, VerifyError)) else one_line(str(error))
     warn(f"rv: {text}{hint if resumable else ''}")
-    if "--json" in sys.argv[1:]:
+    if wants_json():
         more: dict[str, object] = {}
         if isinstance(error, InputError):
             more["problems"] = [
@@ -104,6 +104,11 @@ def report_error(error: RvError) -> int:
             ]
         print_error(type(error).__name__, str(error), error.exit_status, **more)
     return error.exit_status
+
+
+def wants_json() -> bool:
+    """Whether one JSON document was asked for, also where the arguments could not be parsed."""
+    return "--json" in sys.argv[1:] or os.environ.get("RV_JSON", "").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def print_error(kind: str, message: str, status: int, **more: object) -> None:

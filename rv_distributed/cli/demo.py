@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import tempfile
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rv_distributed.cli.options import Json
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import OutputError, RunError
 from rv_distributed.units import show_bytes, show_count, show_seconds
+
+if TYPE_CHECKING:
+    from rv_distributed.demo import Demo
 
 
 def demo(
     out: Annotated[
         str | None, typer.Option("--out", help="Folder to work in; the default is a new temporary one.", metavar="PATH")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Make three small checkpoints, then extract, apply, transfer and verify.
 
@@ -24,7 +30,7 @@ def demo(
     Example:
       rv demo --out rv-demo
     """
-    from rv_distributed.demo import ALPHA, run_demo
+    from rv_distributed.demo import run_demo
 
     began = time.monotonic()
     folder = out or tempfile.mkdtemp(prefix="rv-demo-")
@@ -32,6 +38,18 @@ def demo(
         made = run_demo(folder)
     except FileExistsError as error:
         raise OutputError(f"{error.filename} already exists. Give another --out.") from None
+    if not json:
+        _show(made, folder, time.monotonic() - began)
+    if not made.same_bytes:
+        raise RunError("extract and apply gave other bytes than transfer")
+    if json:
+        document = {"schema_version": 1, "status": "done", "path": folder, "same_bytes": made.same_bytes}
+        say(jsonlib.dumps(document, indent=2))
+
+
+def _show(made: Demo, folder: str, seconds: float) -> None:
+    from rv_distributed.demo import ALPHA
+
     totals = made.vector.totals
     changed = made.applied.totals.changed_elements
     same = "the same bytes" if made.same_bytes else "DIFFERENT BYTES"
@@ -44,9 +62,7 @@ def demo(
         "verified  every byte of all three outputs, against their manifests",
         f"compared  applied and transferred: {same}",
         "",
-        f"All of it lies in {folder}, done in {show_seconds(time.monotonic() - began)}. Look at it with",
+        f"All of it lies in {folder}, done in {show_seconds(seconds)}. Look at it with",
         f"  rv inspect {folder}/transferred",
     ]
     say("\n".join(lines))
-    if not made.same_bytes:
-        raise RunError("extract and apply gave other bytes than transfer")

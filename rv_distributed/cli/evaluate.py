@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rv_distributed.cli.merge import Alpha, Target, parse_alphas
+from rv_distributed.cli.merge import WHOLE, Alpha, Target, parse_alphas
 from rv_distributed.cli.options import Common, with_common
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import UsageError, one_line
@@ -84,7 +84,7 @@ def evaluate(
     vector: StoredVector = None,
     donor: Donor = None,
     reference: Reference = None,
-    alpha: Alpha = "1.0",
+    alpha: Alpha = WHOLE,
     minus: Minus = False,
     tasks: Tasks = None,
     suite: Suite = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -18,9 +18,14 @@ Vectors = Annotated[
     typer.Option("--vector", help="Stored vector, with or without its own alpha; repeat.", metavar="PATH[=ALPHA]"),
 ]
 Alpha = Annotated[
-    str,
-    typer.Option(help="Scale, in --compute-dtype. Several, with commas, make one output each.", metavar="NUMBER[,…]"),
+    list[str],
+    typer.Option(
+        help="Scale, in --compute-dtype. Several, with commas or given again, make one output each.",
+        metavar="NUMBER[,…]",
+    ),
 ]
+
+WHOLE: Final = ["1.0"]
 
 
 @with_common
@@ -36,7 +41,7 @@ def extract(donor: Donor, reference: Reference, out: Out, common: Common) -> Non
 
 
 @with_common
-def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alpha = "1.0") -> None:
+def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alpha = WHOLE) -> None:
     """Add stored vectors to a model: O = T + Σ αₖ·Vₖ.
 
     \b
@@ -52,7 +57,7 @@ def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alph
 
 @with_common
 def transfer(
-    target: Target, donor: Donor, reference: Reference, out: Out, common: Common, alpha: Alpha = "1.0"
+    target: Target, donor: Donor, reference: Reference, out: Out, common: Common, alpha: Alpha = WHOLE
 ) -> None:
     """Move a skill in one pass, storing no vector: O = T + α·(A − B).
 
@@ -70,7 +75,7 @@ def _run(recipe: Recipe, outs: list[str], common: Common) -> None:
     # Imported here, as in the other commands: --help needs nothing of it.
     from rv_distributed.cli.run import run
 
-    run(recipe, outs, common)
+    run(recipe, common.plan_options(), outs, common)
 
 
 def _split(text: str) -> tuple[str, float | None]:
@@ -82,12 +87,12 @@ def _split(text: str) -> tuple[str, float | None]:
         return text, None
 
 
-def parse_alphas(text: str) -> list[tuple[str, float]]:
+def parse_alphas(texts: list[str]) -> list[tuple[str, float]]:
     """Each alpha as it was written and as a number."""
     try:
-        return [(part.strip(), float(part)) for part in text.split(",")]
+        return [(part.strip(), float(part)) for text in texts for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--alpha: {text!r} is not a number, or several with commas between them") from None
+        raise UsageError(f"--alpha: {', '.join(texts)!r} is not a number, nor several with commas between") from None
 
 
 def _outs(template: str, alphas: list[tuple[str, float]]) -> list[str]:

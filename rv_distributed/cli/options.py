@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -20,40 +20,16 @@ if TYPE_CHECKING:
 
 Out = Annotated[str, typer.Option("--out", help="Folder to make; it appears when it is complete.", metavar="PATH")]
 LogFormat = Literal["text", "json"]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.", envvar="RV_JSON")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.", envvar="RV_QUIET")]
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
-    """What every operation takes beside its checkpoints."""
+class Running:
+    """How a run is carried out, and what is told of it."""
 
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Of the output: auto (as in the target; float32 for a vector), float32, bfloat16 or float16.",
-            metavar="DTYPE",
-        ),
-    ] = "auto"
-    max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one output file.", metavar="SIZE")] = "5GB"
-    include: Annotated[
-        str | None, typer.Option(help="Only tensors whose name matches get the vectors.", metavar="REGEX")
-    ] = None
-    exclude: Annotated[
-        str | None, typer.Option(help="Tensors whose name matches do not get the vectors.", metavar="REGEX")
-    ] = None
-    rounding: Annotated[
-        Rounding,
-        typer.Option(help="Of outputs of 16 bits. stochastic: right on average, so that alpha is not lost in it."),
-    ] = "nearest"
-    seed: Annotated[int, typer.Option(help="Of --rounding stochastic.", metavar="N")] = 0
-    compute_dtype: Annotated[
-        ComputeDType, typer.Option(help="Of the arithmetic, and of alpha: float64 for references and disputes.")
-    ] = "float32"
-    stats: Annotated[
-        Stats,
-        typer.Option(help="What is measured: full; basic leaves out what was realised of alpha; none saves time."),
-    ] = "full"
     runtime: Annotated[
         RuntimeName,
         typer.Option(help="local: this process; ray: worker actors; auto: ray on a cluster or with several GPUs."),
@@ -91,21 +67,6 @@ class Common:
         LogFormat, typer.Option(help="Of progress and events on stderr: text, or a JSON object a line.")
     ] = "text"
 
-    def plan_options(self) -> PlanOptions:
-        """The options of the plan. Raises UsageError."""
-        from rv_distributed.plan import PlanOptions
-
-        return PlanOptions(
-            dtype=self.dtype,
-            max_shard_bytes=parse_bytes(self.max_shard_size, "--max-shard-size"),
-            include=self.include,
-            exclude=self.exclude,
-            rounding=self.rounding,
-            seed=self.seed,
-            compute_dtype=self.compute_dtype,
-            stats=self.stats,
-        )
-
     def run_options(self) -> RunOptions:
         """The options of the run. Raises UsageError."""
         return RunOptions(
@@ -123,6 +84,53 @@ class Common:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Common(Running):
+    """What every operation takes beside its checkpoints."""
+
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the output: auto (as in the target; float32 for a vector), float32, bfloat16 or float16.",
+            metavar="DTYPE",
+        ),
+    ] = "auto"
+    max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one output file.", metavar="SIZE")] = "5GB"
+    include: Annotated[
+        str | None, typer.Option(help="Only tensors whose name matches get the vectors.", metavar="REGEX")
+    ] = None
+    exclude: Annotated[
+        str | None, typer.Option(help="Tensors whose name matches do not get the vectors.", metavar="REGEX")
+    ] = None
+    rounding: Annotated[
+        Rounding,
+        typer.Option(help="Of outputs of 16 bits. stochastic: right on average, so that alpha is not lost in it."),
+    ] = "nearest"
+    seed: Annotated[int, typer.Option(help="Of --rounding stochastic.", metavar="N")] = 0
+    compute_dtype: Annotated[
+        ComputeDType, typer.Option(help="Of the arithmetic, and of alpha: float64 for references and disputes.")
+    ] = "float32"
+    stats: Annotated[
+        Stats,
+        typer.Option(help="What is measured: full; basic leaves out what was realised of alpha; none saves time."),
+    ] = "full"
+
+    def plan_options(self) -> PlanOptions:
+        """The options of the plan. Raises UsageError."""
+        from rv_distributed.plan import PlanOptions
+
+        return PlanOptions(
+            dtype=self.dtype,
+            max_shard_bytes=parse_bytes(self.max_shard_size, "--max-shard-size"),
+            include=self.include,
+            exclude=self.exclude,
+            rounding=self.rounding,
+            seed=self.seed,
+            compute_dtype=self.compute_dtype,
+            stats=self.stats,
+        )
+
+
 def _label(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not key or not equals:
@@ -131,24 +139,31 @@ def _label(text: str) -> tuple[str, str]:
 
 
 def with_common(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose last parameter is ``common``, the fields of `Common` as options of its own."""
+    """Give a command, whose last parameter is ``common``, the fields of its type as options of its own.
+
+    They are read from ``RV_OPTION`` in the environment too, whatever the command; options that only one command has,
+    from ``RV_COMMAND_OPTION``.
+    """
     hints = get_type_hints(command, include_extras=True)
-    shared = get_type_hints(Common, include_extras=True)
+    kind: type[Running] = hints["common"]
+    shared = get_type_hints(kind, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = [
         parameter.replace(annotation=hints[name], kind=keyword)
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "common"
     ]
-    added = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=shared[field.name])
-        for field in fields(Common)
-        if field.default is not MISSING
-    ]
+    running = {field.name for field in fields(Running)}
+    added = []
+    # What decides the output is shown before how it is made.
+    for field in sorted(fields(kind), key=lambda field: field.name in running):
+        (option,) = shared[field.name].__metadata__
+        option.envvar = f"RV_{field.name.upper()}"
+        added.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=shared[field.name]))
 
     @wraps(command)
     def wrapped(**values: Any) -> None:
-        common = Common(**{field.name: values.pop(field.name) for field in fields(Common)})
+        common = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         command(**values, common=common)
 
     parameters = sorted([*own, *added], key=lambda parameter: parameter.default is not inspect.Parameter.empty)

@@ -40,7 +40,7 @@ def progress_display(job: Job, log_format: LogFormat, *, shown: bool) -> Iterato
         if not shown:
             yield Display(lambda _: None)
         elif log_format == "json":
-            yield Display(_every_few_seconds(_log_as_json))
+            yield Display(_every_few_seconds(log_as_json))
         elif sys.stderr.isatty():
             with _bar(job) as show:
                 yield Display(show)
@@ -118,7 +118,8 @@ def _warn_as_text(progress: Progress, speed: float) -> None:
     )
 
 
-def _log_as_json(progress: Progress, speed: float) -> None:
+def log_as_json(progress: Progress, speed: float) -> None:
+    """Log a line of progress; ``speed`` in bytes a second."""
     fields = {
         "pieces": progress.pieces,
         "pieces_total": progress.pieces_total,

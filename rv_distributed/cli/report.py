@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import os
 from typing import Annotated, Literal
 
 import typer
 
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
+from rv_distributed.cli.options import Json
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import OutputError, RunError, UsageError, one_line
 from rv_distributed.storage.publish import write_durably
@@ -28,6 +30,7 @@ def report(
         str | None, typer.Option("--eval", help="Folder of an rv eval; its results come first.", metavar="PATH")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    json: Json = False,
 ) -> None:
     """Report what an output is and what was realised of the vector, in one page that needs no network.
 
@@ -43,6 +46,8 @@ def report(
     named = outs if outs or evaluation is None else [evaluation]
     name = os.path.basename(os.path.abspath(named[0])) if len(named) == 1 else "comparison"
     path = out if out is not None else f"{name}.report.{form}"
+    if path == "-" and json:
+        raise UsageError("--json and --out - would both write to stdout; name a file")
     if path != "-":
         _check_place(path, outs, overwrite=overwrite)
     text = make_report(outs, form, evaluation=evaluation)
@@ -53,7 +58,9 @@ def report(
         write_durably(path, text.encode())
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    say(one_line(os.path.abspath(path)))
+    path = os.path.abspath(path)
+    document = {"schema_version": 1, "status": "written", "path": path}
+    say(jsonlib.dumps(document, indent=2) if json else one_line(path))
 
 
 def _check_place(path: str, outs: list[str], *, overwrite: bool) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.cli.effort import effort_document, effort_table
-from rv_distributed.cli.options import Common
+from rv_distributed.cli.options import Running
 from rv_distributed.cli.progress import progress_display
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import one_line
 from rv_distributed.job import Job, prepare
 from rv_distributed.outcome import oddities, show_measures
+from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import formula
 from rv_distributed.storage.places import Room
@@ -25,11 +26,11 @@ from rv_distributed.units import plural, show_bytes, show_count, show_seconds
 from rv_distributed.watching import Share
 
 
-def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
+def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: Running) -> None:
     """Prepare, show the plan, run, show what became of it. Raises whatever the library raises."""
     talks = not (common.json or common.quiet)
     began = time.monotonic()
-    job = prepare(recipe, outs, common.plan_options(), common.run_options())
+    job = prepare(recipe, outs, plan_options, common.run_options())
     for warning in job.warnings:
         warn(f"warning: {one_line(warning)}")
     if talks:
@@ -47,21 +48,25 @@ def run(recipe: Recipe, outs: Sequence[str], common: Common) -> None:
     if talks:
         say(closing_summary(job, manifests, display.workers, time.monotonic() - began))
     if common.json:
-        outputs = [{"path": out, "manifest": asdict(m)} for out, m in zip(job.outs, manifests, strict=True)]
+        outputs = [
+            {"path": out, "up_to_date": number in job.complete, "manifest": asdict(manifest)}
+            for number, (out, manifest) in enumerate(zip(job.outs, manifests, strict=True))
+        ]
         document = {"schema_version": 1, "status": "done", "plan": plan_document(job), "outputs": outputs}
         say(json.dumps({**document, "workers": effort_document(display.workers), "warnings": odd}, indent=2))
 
 
 def plan_summary(job: Job) -> str:
     """What is going to happen, for people."""
-    rows = [("operation", f"{job.plan.operation}: {'; '.join(formula(job.plan, row) for row in job.plan.alphas)}")]
+    formulas = "; ".join(formula(job.plan, number) for number in range(len(job.outs)))
+    rows = [("operation", f"{job.plan.operation}: {formulas}")]
     if special := _arithmetic(job):
         rows.append(("arithmetic", special))
     for item in job.plan.inputs:
         checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
-    rows += [("output", f"{out}  (already complete)" if n in job.complete else out) for n, out in enumerate(job.outs)]
+    rows += [("output", f"{out}  (up to date)" if n in job.complete else out) for n, out in enumerate(job.outs)]
     shards, pieces, rooms = len(job.plan.shards), len(job.plan.pieces), job.rooms
     each = " each" if len(job.outs) > 1 else ""
     rows += [
@@ -101,7 +106,7 @@ def _tensors(job: Job) -> str:
 
 def _arithmetic(job: Job) -> str:
     """What is not the default of it."""
-    dtype, rounding, seed = job.plan.arithmetic
+    dtype, rounding, seed, _ = job.plan.arithmetic
     texts = [f"computed in {dtype}"] if dtype != "float32" else []
     return ", ".join(texts + ([f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []))
 
@@ -119,7 +124,7 @@ def plan_document(job: Job) -> dict[str, Any]:
     """The plan as JSON values."""
     return {
         "operation": job.plan.operation,
-        "formulas": [formula(job.plan, row) for row in job.plan.alphas],
+        "formulas": [formula(job.plan, number) for number in range(len(job.outs))],
         "inputs": [{"role": i.role, "uri": i.uri, "fingerprint": i.fingerprint} for i in job.plan.inputs],
         "outputs": list(job.outs),
         "options": dict(job.plan.options),
@@ -147,9 +152,7 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], workers: Mapping[st
     for number, (out, manifest) in enumerate(zip(job.outs, manifests, strict=True)):
         lines += [one_line(out), f"    {show_measures(manifest)}"]
         if number in job.complete:
-            lines.append(
-                f"    already complete, made at {manifest.created} by the same command; --overwrite makes it again"
-            )
+            lines.append(f"    up to date, made at {manifest.created} by the same command; --overwrite makes it again")
     return "\n".join(lines)
 
 

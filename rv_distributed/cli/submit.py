@@ -25,7 +25,7 @@ Address = Annotated[
     typer.Option(
         help="Job server of the cluster: its dashboard.",
         metavar="URL",
-        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+        envvar=["RV_SUBMIT_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
     ),
 ]
 Cpus = Annotated[
@@ -87,6 +87,7 @@ def submit(
         _folder(working_dir),
         os.path.abspath(wheel) if wheel is not None else None,
         image,
+        environment(),
     )
     server = JobServer(address)
     state, attached = server.submit(request)
@@ -120,6 +121,15 @@ def parse_command(context: typer.Context, command: Sequence[str]) -> tuple[tuple
     source = parsed.get_parameter_source("runtime")
     chosen = ["--runtime", "ray"] if source is not None and source.name == "DEFAULT" else []
     return (words[0], *chosen, *rest), dict(parsed.params)
+
+
+def environment() -> dict[str, str]:
+    """The variables that the command reads its options from, there as here."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("RV_") and not name.startswith("RV_SUBMIT_")
+    }
 
 
 def _folder(working_dir: str | None) -> str | None:

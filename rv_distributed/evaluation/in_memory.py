@@ -7,7 +7,6 @@ and no second copy of the weights is held: alpha 0 gives back the target's own b
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -15,14 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from rv_distributed.errors import InputError, Problem
-from rv_distributed.plan import Plan, task_of
+from rv_distributed.plan import Plan, Span, task_of
+from rv_distributed.recipe import Weights
 from rv_distributed.reduce import check_unchanged
-from rv_distributed.runtime.arena import Arena
-from rv_distributed.runtime.buffers import Buffer, Bytes
-from rv_distributed.runtime.chunks import cut_chunks
-from rv_distributed.runtime.compute import PartComputer
-from rv_distributed.runtime.model import WorkerConfig
-from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, size_buffers
+from rv_distributed.runtime.buffers import Bytes
+from rv_distributed.runtime.dry import DryStream, dry_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,31 +74,19 @@ class _Part(NamedTuple):
 def _computed(plan: Plan, alphas: tuple[float, ...]) -> Iterator[_Part]:
     """The bytes of all tensors that get vectors, each tensor's in their order."""
     plan = replace(plan, alphas=(alphas,))
-    sizing = size_buffers(plan, streams=1, budget_bytes=DEFAULT_BUDGET_BYTES)
-    config = WorkerConfig(
-        outputs=("",),
-        alphas=plan.alphas,
-        device="cpu",
-        streams=1,
-        cpus=1,
-        chunk_bytes=sizing.chunk_bytes,
-        stats="none",
-        arithmetic=plan.arithmetic,
-    )
-    processor = threading.Semaphore(1)
-    arena, computer = Arena(config.chunk_bytes, pinned=False, processor=processor), PartComputer(config, "cpu")
-    made = Buffer(config.chunk_bytes).array
+    stream = DryStream(dry_config(plan, output="", stats="none"))
     for task in (task_of(plan, piece) for piece in plan.pieces):
-        task = task._replace(spans=tuple(span for span in task.spans if span.rule == "combine"))
-        for chunk in cut_chunks(task, config.chunk_bytes):
-            arena.load(chunk, tuple(task.spans[part.span].name for part in chunk.parts))
-            for part in chunk.parts:
+        task = task._replace(spans=tuple(_weighed(span, alphas) for span in task.spans if span.rule == "combine"))
+        for chunk, made, _, names in stream.chunks(task):
+            for part, name in zip(chunk.parts, names, strict=True):
                 span = task.spans[part.span]
-                with processor:
-                    for _ in computer.compute(span, part, arena, made[np.newaxis, :], chunk.start):
-                        pass
                 start = span.start + chunk.start + part.at - span.at
-                yield _Part(span.name, start, made[part.at : part.at + part.nbytes])
+                yield _Part(name, start, made[part.at : part.at + part.nbytes])
+
+
+def _weighed(span: Span, alphas: tuple[float, ...]) -> Span:
+    """The span with the alphas in place of the plan's own, of the vectors that its tensor gets."""
+    return span._replace(weights=(Weights(tuple(alphas[one.vector] for one in span.vectors)),))
 
 
 def _problems(plan: Plan, places: Mapping[str, Tensor]) -> list[Problem]:

@@ -4,6 +4,9 @@ Specified to the bit, with RN = round to nearest even in float32 or, if asked fo
 ``acc = t``; for each vector in order ``acc = RN(acc + RN(αₖ·dₖ))``; one rounding to the output's dtype at the
 end, which is `Rounder`'s. Multiplication and addition stay separate operations: a fused multiply-add would skip a
 rounding, and not every device would do it.
+
+In the order ``sum`` it is ``v = RN(v + RN(αₖ·dₖ))`` from 0, and then ``RN(t + RN(RN(v / divisor)·scale))``. ``fused``
+has ``v = RN32(RN64(v + αₖ·dₖ))``: a fused multiply-add up to one element in 10⁸, which every device does alike.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from rv_distributed.kernels.measure import measure
 from rv_distributed.kernels.rounding import Rounder
 from rv_distributed.measures import Measures
-from rv_distributed.recipe import Arithmetic, Stats
+from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 _COMPUTE_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
 TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -42,6 +45,7 @@ class Combiner:
         self.block_elements = block_elements
         self._stats = stats
         self._weighted = weighted
+        self._order = arithmetic.order
         self._rounder = Rounder(arithmetic, block_elements=block_elements, device=device)
         dtype = _COMPUTE_DTYPES[arithmetic.compute_dtype]
         # For t, two operands and a product, and for each output its sum and its vector.
@@ -51,28 +55,31 @@ class Combiner:
     def combine(
         self,
         outs: Sequence[Tensor],
-        target: Tensor,
+        target: Tensor | None,
         vectors: Sequence[tuple[Tensor, Tensor | None]],
-        alphas: Sequence[Sequence[float]],
+        weights: Sequence[Weights],
         *,
         name: str,
         first: int,
     ) -> list[Measures]:
-        """Fill each of ``outs`` with ``target + Σ αₖ·vₖ``, with its own row of ``alphas``.
+        """Fill each of ``outs`` with ``target + Σ αₖ·vₖ``, with its own ``weights``.
 
         All tensors have one dimension and the same length, at most ``block_elements``; their dtypes are
         float32, bfloat16 or float16 in any mixture. An output whose alphas are all 0 gets the target's
-        own values. They are the elements from ``first`` of the tensor ``name``, on which stochastic
-        rounding depends. Returns the measures of each output.
+        own values. Without a target, which goes with the orders ``sum`` and ``fused`` only, it is 0. They are the
+        elements from ``first`` of the tensor ``name``, on which stochastic rounding depends. Returns the measures of
+        each output.
         """
+        if target is None or (self._order != "each" and vectors):
+            return self._combine_sums(outs, target, vectors, weights, name=name, first=first)
         for_t, d, _, product, *rest = self._cut_scratch(target)
         accs, sums = rest[: len(outs)], rest[len(outs) : 2 * len(outs)]
         t = _widened(target, for_t)
         started = [False] * len(outs)
         for index, (plus, minus) in enumerate(vectors):
             d = self.difference(plus, minus)
-            for number, row in enumerate(alphas):
-                alpha, acc, v = row[index], accs[number], sums[number]
+            for number, of in enumerate(weights):
+                alpha, acc, v = of.alphas[index], accs[number], sums[number]
                 if index == 0 and self._weighted:
                     v.zero_()
                 if alpha == 0.0:
@@ -90,11 +97,51 @@ class Combiner:
                 out.copy_(target)
         if not vectors:
             return [measure(out, target, t, t, 1.0, "none") for out in outs]
-        scales = [1.0 if self._weighted else row[0] for row in alphas]
+        scales = [1.0 if self._weighted else of.alphas[0] for of in weights]
         return [
             measure(out, target, t, v if self._weighted else d, alpha, self._stats)
             for out, v, alpha in zip(outs, sums, scales, strict=True)
         ]
+
+    def _combine_sums(
+        self,
+        outs: Sequence[Tensor],
+        target: Tensor | None,
+        vectors: Sequence[tuple[Tensor, Tensor | None]],
+        weights: Sequence[Weights],
+        *,
+        name: str,
+        first: int,
+    ) -> list[Measures]:
+        """As `combine`, with the vectors added to each other first."""
+        for_t, _, _, product, *rest = self._cut_scratch(vectors[0][0])
+        accs, sums = rest[: len(outs)], rest[len(outs) : 2 * len(outs)]
+        t = for_t.zero_() if target is None else _widened(target, for_t)
+        for index, (plus, minus) in enumerate(vectors):
+            d = self.difference(plus, minus)
+            for of, v in zip(weights, sums, strict=True):
+                if index == 0:
+                    v.zero_()
+                if (alpha := of.alphas[index]) != 0.0:
+                    self._add_scaled(v, d, alpha, product)
+        measures = []
+        for out, of, acc, v in zip(outs, weights, accs, sums, strict=True):
+            v.div_(of.divisor).mul_(of.scale)
+            base = out.new_zeros(()).expand_as(out) if target is None else target
+            if target is not None and out.dtype == target.dtype and not of.moves:
+                out.copy_(target)
+            else:
+                total, label = (v, f"vector of {name}") if target is None else (torch.add(t, v, out=acc), name)
+                self._rounder.round(total, out, name=label, first=first)
+            measures.append(measure(out, base, t, v, 1.0, self._stats))
+        return measures
+
+    def _add_scaled(self, v: Tensor, d: Tensor, alpha: float, product: Tensor) -> None:
+        if self._order == "fused" and d.dtype == torch.float32:
+            # Float64 holds every product of two float32.
+            v.copy_(torch.mul(d.double(), alpha).add_(v.double()))
+        else:
+            v.add_(torch.mul(d, alpha, out=product))
 
     def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None, *, name: str, first: int) -> Measures:
         """Fill ``out`` with ``plus − minus``; ``name`` and ``first`` as of `combine`."""

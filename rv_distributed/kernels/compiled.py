@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rv_distributed.kernels import strips
 from rv_distributed.kernels.keys import COUNTERS, noise_keys
 from rv_distributed.measures import Measures
-from rv_distributed.recipe import Arithmetic, Stats
+from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 Bytes = npt.NDArray[np.uint8]
 _LEVELS = {"none": strips.NOTHING, "basic": strips.BASIC, "full": strips.FULL}
@@ -46,7 +46,7 @@ class CompiledCombiner:
         arena: Bytes,
         target: RawOperand | None,
         vectors: Sequence[tuple[RawOperand, RawOperand | None]],
-        alphas: Sequence[Sequence[float]],
+        weights: Sequence[Weights],
         outs: Bytes,
         at: int,
         dtype: str,
@@ -55,10 +55,10 @@ class CompiledCombiner:
         first: int,
         count: int,
     ) -> list[Measures]:
-        """Fill every row of ``outs`` with ``target + Σ αₖ·vₖ``, or with the vector if there is no target.
+        """Fill every row of ``outs`` with ``target + Σ αₖ·vₖ``, or without a target with the vector or the models' sum.
 
         They are ``count`` elements of ``dtype``, from byte ``at`` on, which is a multiple of its size, and from
-        element ``first`` of the tensor ``name``; ``alphas`` has a row for each, and ``outs`` is contiguous. Returns the
+        element ``first`` of the tensor ``name``; ``weights`` has those of each, and ``outs`` is contiguous. Returns the
         measures of each. Bits and measures are those of `Combiner`.
         """
         sums = np.zeros((len(outs), strips.SUMS))
@@ -67,7 +67,9 @@ class CompiledCombiner:
             arena,
             *((target.at, strips.CODES[target.dtype]) if target else (0, strips.NO_TENSOR)),
             np.array([_numbers(plus) + _numbers(minus) for plus, minus in vectors], np.int64).reshape(-1, 4),
-            np.array(alphas, np.float32).reshape(len(outs), -1),
+            np.array([of.alphas for of in weights], np.float32).reshape(len(outs), -1),
+            np.array([of[1:] for of in weights if self._arithmetic.order != "each"], np.float32).reshape(-1, 2),
+            self._arithmetic.order == "fused",
             outs,
             at,
             strips.CODES[dtype],
@@ -82,7 +84,7 @@ class CompiledCombiner:
             sums,
             counts,
         )
-        scales = [row[0] if row and target and not self._weighted else 1.0 for row in alphas]
+        scales = [of.alphas[0] if of.alphas and target and not self._weighted else 1.0 for of in weights]
         return [_measures(*of) for of in zip(sums, counts, scales, strict=True)]
 
     def _keys(self, name: str, first: int, dtype: str) -> npt.NDArray[np.uint32]:

@@ -261,6 +261,19 @@ def _add_scaled(values: Array, d: Array, alpha: float) -> None:
         values[i] = _FLOAT(values[i] + _FLOAT(alpha * d[i]))
 
 
+@njit(**_PLAIN)
+def _add_scaled_fused(values: Array, d: Array, alpha: float) -> None:
+    """``values = RN(values + alpha·d)``: float64 holds every product of two float32."""
+    for i in range(d.size):
+        values[i] = _FLOAT(_DOUBLE(values[i]) + _DOUBLE(alpha) * _DOUBLE(d[i]))
+
+
+@njit(**_PLAIN)
+def _divide_and_scale(values: Array, divisor: float, scale: float) -> None:
+    for i in range(values.size):
+        values[i] = _FLOAT(_FLOAT(values[i] / divisor) * scale)
+
+
 def _scaling_and_adding(convert: Convert) -> Callable[..., None]:
     @njit(**_PLAIN)
     def loop(values: Array, d: Array, alpha: float, into: Array) -> None:
@@ -517,6 +530,8 @@ def _combine(
     target_code: int,
     vectors: Array,
     alphas: Array,
+    after: Array,
+    fused: bool,
     outs: Array,
     at: int,
     code: int,
@@ -536,13 +551,16 @@ def _combine(
     ``arena`` (bytes) holds the operands: the target at ``target_at``, or none if ``target_code`` is `NO_TENSOR`: then
     there is one vector and one output, and the output is the vector. ``vectors`` (int64) has a row ``at, code, at,
     code`` for plus and minus of each vector; a minus of the code `NO_TENSOR` is none. ``alphas`` (float32) has a row an
-    output and a column a vector, ``outs`` (bytes, contiguous) a row an output, which gets elements of dtype ``code``
-    from byte ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest.
-    ``weighted`` says what is measured as v: the weighted sum of the vectors, or the one that there is. The measures are
-    added to ``sums`` (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 3 rows and
-    two for each output, ``spare`` (bytes) has 3 and ``steps`` (uint16) is one, all of at least `STRIP` elements.
+    output and a column a vector. ``after`` (float32) is empty, or has a row ``divisor, scale`` an output: then the
+    vectors are added to each other, ``fused`` or not, divided, scaled, and added to the target, or are the output where
+    there is none. ``outs`` (bytes, contiguous) has a row an output, which gets elements of dtype ``code`` from byte
+    ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest. ``weighted`` says what
+    is measured as v: the weighted sum of the vectors, or the one that there is. The measures are added to ``sums``
+    (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 3 rows and two for each
+    output, ``spare`` (bytes) has 3 and ``steps`` (uint16) is one, all of at least `STRIP` elements.
     """
     width = _WIDTHS[code]
+    summed = after.shape[0] > 0
     by_chance = keys.size > 0 and code != _F32
     for first in range(0, count, STRIP):
         n = min(STRIP, count - first)
@@ -573,13 +591,17 @@ def _combine(
                 size = _WIDTHS[vectors[number, 3]]
                 raw = _aligned(arena, vectors[number, 2] + first * size, n, size, spare[2])
                 _subtract(d, raw, vectors[number, 3])
-            for k in range(outs.shape[0] if target_code != NO_TENSOR else 0):
+            for k in range(outs.shape[0] if target_code != NO_TENSOR or summed else 0):
                 acc, v, alpha = scratch[3 + 2 * k, :n], scratch[4 + 2 * k, :n], alphas[k, number]
                 if weighted:
                     if number == 0:
                         _fill(v, 0)
-                    if alpha != 0:
+                    if alpha != 0 and fused:
+                        _add_scaled_fused(v, d, alpha)
+                    elif alpha != 0:
                         _add_scaled(v, d, alpha)
+                if summed:
+                    continue
                 if alpha != 0 and number == vectors.shape[0] - 1 and not by_chance:
                     _scale_add_and_narrow(t if number == 0 else acc, d, alpha, code, outs[k, low:high])
                 elif number > 0 and alpha != 0:
@@ -591,16 +613,22 @@ def _combine(
         for k in range(outs.shape[0]):
             out = outs[k, low:high]
             acc = d if target_code == NO_TENSOR else scratch[3 + 2 * k, :n]
+            if summed and vectors.shape[0] > 0:
+                _divide_and_scale(scratch[4 + 2 * k, :n], after[k, 0], after[k, 1])
+                if target_code == NO_TENSOR:
+                    acc = scratch[4 + 2 * k, :n]
+                else:
+                    _scale_and_add(t, scratch[4 + 2 * k, :n], _FLOAT(1.0), acc)
             if target_code == code and not alphas[k].any():
                 _copy(base, out)
             elif by_chance:
                 _narrow_by_chance(acc, code, out, first_element + first, keys, scratch[2].view(_U32))
-            elif target_code == NO_TENSOR or vectors.shape[0] == 0 or alphas[k, -1] == 0:
+            elif summed or target_code == NO_TENSOR or vectors.shape[0] == 0 or alphas[k, -1] == 0:
                 _narrow(acc, code, out)
             v = scratch[4 + 2 * k, :n] if weighted else d
             alpha64 = 1.0 if weighted or vectors.shape[0] == 0 else _DOUBLE(alphas[k, 0])
             _measure(level, t, base, v, alpha64, out, code, first, o, steps[:n], sums[k], counts[k])
-            if target_code == NO_TENSOR and level != NOTHING:
+            if target_code == NO_TENSOR and level != NOTHING and not summed:
                 _widen(out, code, o)
                 counts[k, INEXACT] += _count_inexact(d, o)
 

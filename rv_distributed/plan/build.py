@@ -18,7 +18,18 @@ from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
 from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
-from rv_distributed.recipe import Arithmetic, ComputeDType, Recipe, Rounding, Stats, as_float32
+from rv_distributed.plan.weights import Weigher
+from rv_distributed.recipe import (
+    Arithmetic,
+    ByTensor,
+    ComputeDType,
+    Recipe,
+    Rounding,
+    Stats,
+    Weights,
+    check_pattern,
+    show_alpha,
+)
 
 _MAX_REPORTED: Final = 20
 
@@ -66,10 +77,7 @@ class PlanOptions:
         if self.seed and self.rounding != "stochastic":
             raise UsageError(f"--seed {self.seed} changes nothing without --rounding stochastic; give both or neither")
         for pattern in (self.include, self.exclude):
-            try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
+            check_pattern(pattern or "")
 
     @property
     def is_selective(self) -> bool:
@@ -80,6 +88,19 @@ class PlanOptions:
         return (self.include is None or re.search(self.include, name) is not None) and (
             self.exclude is None or re.search(self.exclude, name) is None
         )
+
+
+class _Draft(NamedTuple):
+    """A tensor of the output that has no place yet; see `TensorPlan`."""
+
+    name: str
+    tensor: Tensor
+    """Of the frame."""
+    rule: Rule
+    dtype: str
+    operands: tuple[VectorOperand, ...]
+    why: str
+    weights: tuple[Weights, ...]
 
 
 class _Pair(NamedTuple):
@@ -95,28 +116,33 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
     Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection.
     """
-    alphas = tuple(tuple(_rounded(alpha, options.compute_dtype) for alpha in row) for row in recipe.alphas)
     pairs = [
         _Pair(number, opened[vector.plus], opened[vector.minus] if vector.minus is not None else None)
         for number, vector in ((number, recipe.vectors[number]) for number in recipe.used)
     ]
     frame = opened[recipe.frame]
-    extracting = recipe.target is None
+    extracting = recipe.operation == "extract"
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
+    weigher = Weigher(recipe, frame.tensors, options.compute_dtype)
 
     selects = options.selects if options.is_selective else None
     problems = misfits([opened[name] for name in recipe.inputs], selects) if pairs else []
     left_out = _only_elsewhere(frame, pairs)
-    planned: list[tuple[str, Tensor, Rule, str, tuple[VectorOperand, ...], str]] = []
+    planned: list[_Draft] = []
     for name, tensor in frame.tensors.items():
-        operands, why = _match(frame, name, tensor, pairs, options, problems, extracting=extracting)
+        operands, why = _match(frame, name, tensor, pairs, options, problems, recipe)
         if extracting and not operands:
             left_out.append((name, why))
             continue
+        weights = weigher.of(name, [operand.vector for operand in operands])
+        if operands and recipe.target is not None and not any(of_output.moves for of_output in weights):
+            operands, why, weights = (), "alpha is 0", weigher.of(name, ())
         dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
         rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype else "cast"
-        planned.append((name, tensor, rule, dtype, operands, why))
-    if pairs and not any(rule == "combine" for _, _, rule, _, _, _ in planned) and not problems:
+        planned.append(_Draft(name, tensor, rule, dtype, operands, why, weights))
+    if pairs and not any(draft.rule == "combine" for draft in planned) and not problems:
+        if any(draft.why == "alpha is 0" for draft in planned):
+            raise UsageError("the alphas are 0 for every tensor")
         if options.is_selective:
             raise UsageError("--include and --exclude leave no tensor to compute")
         others = dict.fromkeys(
@@ -129,10 +155,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
     try:
         shards = lay_out(
-            [
-                (name, dtype, tensor.shape, tensor_bytes(dtype, tensor.shape))
-                for name, tensor, _, dtype, _, _ in planned
-            ],
+            [(d.name, d.dtype, d.tensor.shape, tensor_bytes(d.dtype, d.tensor.shape)) for d in planned],
             options.max_shard_bytes,
         )
     except HeaderError as error:
@@ -140,15 +163,17 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     tensors = []
     for index, shard in enumerate(shards):
         end = len(shard.header)
-        for name, tensor, rule, dtype, operands, why in planned[shard.first : shard.first + shard.length]:
+        for name, tensor, rule, dtype, operands, why, weights in planned[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
-            target = None if extracting else _operand(frame, tensor)
-            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, target, operands, why))
+            target = None if recipe.target is None and operands else _operand(frame, tensor)
+            tensors.append(
+                TensorPlan(name, dtype, tensor.shape, index, start, end, rule, target, operands, why, weights)
+            )
     return Plan(
         operation=recipe.operation,
         inputs=_inputs(recipe, opened),
-        alphas=alphas,
-        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed),
+        alphas=weigher.stated,
+        arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed, recipe.order),
         stats=options.stats,
         tensors=tuple(tensors),
         shards=shards,
@@ -163,14 +188,16 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
             ("seed", str(options.seed)),
             ("compute_dtype", options.compute_dtype),
             ("stats", options.stats),
+            *_sum_options(recipe),
         ),
     )
 
 
-def _rounded(alpha: float, dtype: ComputeDType) -> float:
-    """``alpha`` as the arithmetic uses it. One that is 0 in float32 is 0: `Recipe.used` goes by that."""
-    single = as_float32(alpha)
-    return alpha if dtype == "float64" and single else single
+def _sum_options(recipe: Recipe) -> list[tuple[str, str]]:
+    if recipe.order == "each":
+        return []
+    scale = "by tensor" if isinstance(recipe.scale, ByTensor) else show_alpha(recipe.scale)
+    return [("normalize", str(recipe.normalize).lower()), ("scale", scale)]
 
 
 def _match(
@@ -180,8 +207,7 @@ def _match(
     pairs: Sequence[_Pair],
     options: PlanOptions,
     problems: list[Problem],
-    *,
-    extracting: bool,
+    recipe: Recipe,
 ) -> tuple[tuple[VectorOperand, ...], str]:
     """The vectors' operands for one tensor of the frame, and why there are none, if so."""
     if not pairs:
@@ -195,6 +221,9 @@ def _match(
         if plus is None or (pair.minus is not None and minus is None):
             if plus is not None or minus is not None:
                 why = f"not in the {'donor' if plus is None else 'reference'}"
+            elif recipe.operation == "linear":
+                remedy = "Give models with the same tensors, or leave the tensor out with --exclude."
+                problems.append(Problem(pair.plus.uri, f"is not there, but in {frame.uri}", remedy, name))
             continue
         present = [(pair.plus, plus)] + ([(pair.minus, minus)] if pair.minus is not None and minus is not None else [])
         if not DTYPES[tensor.dtype].is_float:
@@ -206,7 +235,7 @@ def _match(
             blamed = True
         for checkpoint, other in present:
             if other.shape != tensor.shape:
-                against = "donor" if extracting else "target"
+                against = {"extract": "donor", "linear": "base"}.get(recipe.operation, "target")
                 what = f"has shape {list(other.shape)}, but {list(tensor.shape)} in the {against}"
                 remedy = "Check that the inputs are the same model, or leave the tensor out with --exclude."
                 problems.append(Problem(checkpoint.uri, what, remedy, name))
@@ -248,9 +277,10 @@ def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:
 
 def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> tuple[PlannedInput, ...]:
     roles = [("target", recipe.target)] if recipe.target is not None else []
+    roles += [("base", recipe.base)] if recipe.base is not None else []
     for vector in recipe.vectors:
         if vector.minus is None:
-            roles.append(("vector", vector.plus))
+            roles.append(("model" if recipe.operation == "linear" else "vector", vector.plus))
         else:
             roles += [("donor", vector.plus), ("reference", vector.minus)]
     return tuple(

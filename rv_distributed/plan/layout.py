@@ -84,5 +84,6 @@ def _spans(plan: Plan, piece: Piece) -> Iterator[Span]:
                 tensor.rule,
                 tensor.target,
                 tensor.vectors,
+                tensor.weights,
             )
         index += 1

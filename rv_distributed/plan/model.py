@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from rv_distributed.checkpoint.manifest import WITHOUT_TARGET
 from rv_distributed.checkpoint.model import FileState
-from rv_distributed.recipe import Arithmetic, Operation, Stats
+from rv_distributed.recipe import Arithmetic, Operation, Stats, Weights
 
 Rule = Literal["combine", "cast", "copy"]
 
@@ -46,6 +47,14 @@ class TensorPlan(NamedTuple):
     vectors: tuple[VectorOperand, ...]
     why: str
     """Why this rule, in words for the tables; empty for ``combine``."""
+    weights: tuple[Weights, ...]
+    """One an output. Of tensors with the same numbers, the same object."""
+
+    def rule_in(self, output: int) -> tuple[Rule, str]:
+        """The rule in one output, and why: where its alphas are 0 it gets the target, whatever the others get."""
+        if self.rule != "combine" or self.target is None or self.weights[output].moves:
+            return self.rule, self.why
+        return ("copy" if self.target.dtype == self.dtype else "cast"), "alpha is 0"
 
 
 class ShardPlan(NamedTuple):
@@ -85,6 +94,7 @@ class Span(NamedTuple):
     rule: Rule
     target: Operand | None
     vectors: tuple[VectorOperand, ...]
+    weights: tuple[Weights, ...]
 
 
 class PieceTask(NamedTuple):
@@ -101,7 +111,7 @@ class PlannedInput(NamedTuple):
     """A checkpoint that the run reads, as it was when the plan was made."""
 
     role: str
-    """target, donor, reference or vector."""
+    """target, donor, reference, vector, model or base."""
     uri: str
     fingerprint: str
     revision: str | None
@@ -115,8 +125,9 @@ class Plan:
 
     operation: Operation
     inputs: tuple[PlannedInput, ...]
-    alphas: tuple[tuple[float, ...], ...]
-    """One tuple an output, one alpha a vector, rounded to the dtype of the arithmetic."""
+    alphas: tuple[tuple[float | None, ...], ...]
+    """One tuple an output, one alpha a vector, rounded to the dtype of the arithmetic; None for one that depends on the
+    tensor. `TensorPlan.weights` has what is computed with."""
     arithmetic: Arithmetic
     stats: Stats
     tensors: tuple[TensorPlan, ...]
@@ -127,6 +138,16 @@ class Plan:
     """Tensors of the inputs that the output has no place for, each with the reason."""
     options: tuple[tuple[str, str], ...]
     """The options that change the output's bytes, by name, for the manifest and for resume."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether what is measured as v is the weighted sum of the vectors, also where a tensor has but one of them."""
+        return len(self.alphas[0]) > 1 or self.arithmetic.order != "each"
+
+    @property
+    def has_target(self) -> bool:
+        """Whether outputs are a target and what is added to it."""
+        return self.operation not in WITHOUT_TARGET
 
     @property
     def output_bytes(self) -> int:

@@ -84,6 +84,6 @@ def _drawn(value: _Value, ways: dict[str, list[tuple[str, Output]]]) -> go.Figur
 
 def _why_not(outputs: Sequence[Output]) -> str:
     stats = {output.manifest.options["stats"] for output in outputs}
-    if all(output.manifest.operation == "extract" for output in outputs):
+    if not any(output.manifest.has_target for output in outputs):
         return "Vectors have no target to be compared with."
     return "Nothing finite was measured." if "full" in stats else "Not measured: it takes --stats full."

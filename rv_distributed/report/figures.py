@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import plotly.graph_objects as go
 
+from rv_distributed.checkpoint.names import place_of, short_name, shortened
 from rv_distributed.report.drawing import COLOURS, Figure, frame, label, line
 from rv_distributed.report.groups import (
     ULPS_LABELS,
@@ -15,9 +16,6 @@ from rv_distributed.report.groups import (
     group_by,
     largest_vectors,
     longest,
-    place_of,
-    short_name,
-    shortened,
     ulps_of,
 )
 from rv_distributed.report.reading import Output

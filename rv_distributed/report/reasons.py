@@ -44,7 +44,7 @@ def _unless(values: Iterable[float | None], reason: str) -> str:
 def why_not(output: Output, *, needs_target: bool = False, full: bool = False) -> str:
     """Why nothing was measured that could be drawn; some needs a target, some full statistics."""
     stats = output.manifest.options["stats"]
-    if needs_target and output.manifest.operation == "extract":
+    if needs_target and not output.manifest.has_target:
         return "A vector has no target to be compared with."
     if stats == "none":
         return "Not measured: the output was made with --stats none."

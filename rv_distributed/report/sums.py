@@ -30,5 +30,5 @@ def v_t_ratio(output: Output) -> float | None:
 
 def ulps_max(output: Output) -> int | None:
     """The largest change, in units in the last place."""
-    moves = _measured(output) and output.manifest.operation != "extract"
+    moves = _measured(output) and output.manifest.has_target
     return output.manifest.totals.ulps_max if moves else None

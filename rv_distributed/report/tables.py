@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from rv_distributed.checkpoint.names import place_of
 from rv_distributed.errors import one_line
 from rv_distributed.outcome import oddities, show_measures
 from rv_distributed.recipe import show_alpha
@@ -16,7 +17,6 @@ from rv_distributed.report.groups import (
     group_by,
     largest_vectors,
     longest,
-    place_of,
     ulps_of,
 )
 from rv_distributed.report.reading import Output, names_of

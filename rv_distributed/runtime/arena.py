@@ -37,7 +37,7 @@ class Arena:
         self.bytes_read = 0
         """In all chunks so far."""
         self.read_s = 0.0
-        """Seconds that it took."""
+        """Seconds that it took, without waiting for a processor afterwards."""
 
     @property
     def array(self) -> Bytes:
@@ -81,7 +81,9 @@ class Arena:
         try:
             reader.read(self._buffer.view, read.at + done, read.offset + done, read.nbytes - done)
         finally:
+            asked = time.perf_counter()
             self._processor.acquire()
+            self.read_s -= time.perf_counter() - asked
 
     def _reader(self, path: str) -> RangeReader:
         reader = self._readers.pop(path, None) or RangeReader(path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Operand, Span
+from rv_distributed.recipe import Weights
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
 from rv_distributed.runtime.model import WorkerConfig
@@ -26,7 +29,7 @@ class CompiledBlock:
         self,
         span: Span,
         part: Part,
-        alphas: list[list[float]],
+        weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
@@ -43,7 +46,7 @@ class CompiledBlock:
                 (raw(plus_at, operand.plus), raw(minus_at, operand.minus) if operand.minus else None)
                 for operand, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True)
             ],
-            alphas,
+            weights,
             outs,
             at,
             span.dtype,

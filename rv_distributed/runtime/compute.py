@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
 from rv_distributed.measures import Leaf, Measures
 from rv_distributed.plan import Span
+from rv_distributed.recipe import Weights
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
@@ -26,7 +27,7 @@ class Block(Protocol):
         self,
         span: Span,
         part: Part,
-        alphas: list[list[float]],
+        weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
@@ -51,7 +52,7 @@ class PartComputer:
     """Computes parts for one stream. Belongs to one thread at a time."""
 
     def __init__(self, config: WorkerConfig, device: str) -> None:
-        self._alphas = config.alphas
+        self._numbers = config.numbers
         self._block_bytes = BLOCK_BYTES if device == "cpu" else _CUDA_BLOCK_BYTES
         self._block = _choose_block(config, device, self._block_bytes)
 
@@ -66,7 +67,7 @@ class PartComputer:
             outs[:, part.at : part.at + part.nbytes] = arena.array[part.target : part.target + part.nbytes]
             yield Computed(part.at, part.at + part.nbytes, ())
             return
-        alphas = [[row[operand.vector] for operand in span.vectors] for row in self._alphas]
+        weights = [span.weights[number] for number in self._numbers]
         item = item_bytes(span.dtype)
         done = 0
         while done < part.elements:
@@ -78,7 +79,7 @@ class PartComputer:
             count = 1 if is_cut else min(max(1, (border - place) // item), part.elements - done)
             _fetch(span, part, arena, done, count)
             low, high = max(place, part.at), min(place + count * item, part.at + part.nbytes)
-            measured = self._fill(span, part, alphas, arena.array, outs, place, low, high, done, count)
+            measured = self._fill(span, part, weights, arena.array, outs, place, low, high, done, count)
             leaves = () if is_cut else tuple((number, found.moved(part.first + done)) for found in measured)
             yield Computed(low, high, leaves)
             done += count
@@ -87,7 +88,7 @@ class PartComputer:
         self,
         span: Span,
         part: Part,
-        alphas: list[list[float]],
+        weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         place: int,
@@ -98,10 +99,10 @@ class PartComputer:
     ) -> list[Measures]:
         item = item_bytes(span.dtype)
         if low == place and high == place + count * item and place % item == 0:
-            return self._block(span, part, alphas, arena, outs, place, done, count)
+            return self._block(span, part, weights, arena, outs, place, done, count)
         # Elements at odd addresses, or some of their bytes are another part's.
         whole = np.empty((len(outs), count * item), np.uint8)
-        measured = self._block(span, part, alphas, arena, whole, 0, done, count)
+        measured = self._block(span, part, weights, arena, whole, 0, done, count)
         outs[:, low:high] = whole[:, low - place : high - place]
         return measured
 

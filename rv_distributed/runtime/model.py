@@ -24,8 +24,10 @@ class WorkerConfig:
 
     outputs: tuple[str, ...]
     """Folder of each output's shards. The files exist, in full size."""
-    alphas: tuple[tuple[float, ...], ...]
-    """One tuple an output, one alpha a vector."""
+    numbers: tuple[int, ...]
+    """Of these outputs in the plan, and so of their weights in a span."""
+    weighted: bool
+    """As `Plan.weighted`."""
     device: str
     """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: the GPU that the worker sees, if any."""
     streams: int
@@ -37,11 +39,6 @@ class WorkerConfig:
     stats: Stats
     """What is measured. NaN and infinity are always counted."""
     arithmetic: Arithmetic
-
-    @property
-    def weighted(self) -> bool:
-        """Whether what is measured as v is the weighted sum of the vectors, also where a tensor has but one of them."""
-        return len(self.alphas[0]) > 1
 
 
 class SpanResult(NamedTuple):

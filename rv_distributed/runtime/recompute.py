@@ -1,13 +1,11 @@
 """Making pieces of a finished output again and comparing them with its bytes; nothing is written.
 
-The chunks, the reads and the arithmetic are those of the worker. `verify_against_inputs` calls this.
+`verify_against_inputs` calls this.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import NamedTuple
 
@@ -15,10 +13,8 @@ import numpy as np
 
 from rv_distributed.errors import PieceError
 from rv_distributed.plan import PieceTask
-from rv_distributed.runtime.arena import Arena
-from rv_distributed.runtime.buffers import Buffer
-from rv_distributed.runtime.chunks import Chunk, cut_chunks
-from rv_distributed.runtime.compute import PartComputer
+from rv_distributed.runtime.buffers import Buffer, Bytes
+from rv_distributed.runtime.dry import DryChunk, DryStream, each_piece
 from rv_distributed.runtime.model import WorkerConfig
 from rv_distributed.storage.ranges import ALIGNMENT, RangeReader
 
@@ -39,68 +35,34 @@ def recompute(tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[list
 
     Raises PieceError when a source or the output cannot be read.
     """
-    streams = threading.local()
 
-    def compare(task: PieceTask) -> list[Difference]:
-        if not hasattr(streams, "own"):
-            streams.own = _Stream(config)
-        own: _Stream = streams.own
-        return own.compare(task)
-
-    pool = ThreadPoolExecutor(config.streams)
-    try:
-        yield from pool.map(compare, tasks)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class _Stream:
-    """The buffers of one thread."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        self._folder, self._chunk_bytes = config.outputs[0], config.chunk_bytes
-        self._processor = threading.Semaphore(1)
-        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor)
-        self._made = Buffer(config.chunk_bytes)
+    def compare(stream: DryStream, task: PieceTask) -> list[Difference]:
+        path = f"{config.outputs[0]}/{task.shard_name}"
         # An aligned read begins up to one block before the chunk and ends up to one behind it.
-        self._stored = Buffer(config.chunk_bytes + 2 * ALIGNMENT)
-        self._computer = PartComputer(config, config.device)
+        stored = Buffer(config.chunk_bytes + 2 * ALIGNMENT)
+        return [found for dry in stream.chunks(task) for found in _differences(task, dry, _read(path, stored, dry))]
 
-    def compare(self, task: PieceTask) -> list[Difference]:
-        found: list[Difference] = []
-        for chunk in cut_chunks(task, self._chunk_bytes):
-            names = tuple(task.spans[part.span].name for part in chunk.parts)
-            at = chunk.start % ALIGNMENT
-            self._read_stored(task.shard_name, at, chunk.start, chunk.stop - chunk.start, names)
-            self._made.view[: len(chunk.literal)] = chunk.literal
-            self._arena.load(chunk, names)
-            with self._processor:
-                for part in chunk.parts:
-                    out = self._made.array[np.newaxis, :]
-                    for _ in self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start):
-                        pass
-            found += self._differences(task, chunk, at)
-        return found
+    return each_piece(tasks, config, compare)
 
-    def _read_stored(self, shard: str, at: int, offset: int, nbytes: int, names: tuple[str, ...]) -> None:
-        path = f"{self._folder}/{shard}"
-        try:
-            with closing(RangeReader(path)) as reader:
-                reader.read(self._stored.view, at, offset, nbytes)
-        except OSError as error:
-            cause = f"cannot be read: {error.strerror or error}"
-            raise PieceError(cause, path, offset, offset + nbytes, names) from error
 
-    def _differences(self, task: PieceTask, chunk: Chunk, at: int) -> Iterator[Difference]:
-        places: list[tuple[str | None, int, int]] = [(None, 0, len(chunk.literal))]
-        places += [(task.spans[part.span].name, part.at, part.nbytes) for part in chunk.parts]
-        for name, start, nbytes in places:
-            if nbytes == 0:
-                continue
-            made = self._made.array[start : start + nbytes]
-            stored = self._stored.array[at + start : at + start + nbytes]
-            if not np.array_equal(made, stored):
-                wrong = np.flatnonzero(made != stored)
-                first, last = int(wrong[0]), int(wrong[-1])
-                begin = chunk.start + start
-                yield Difference(task.shard_name, name, begin + first, begin + last + 1)
+def _read(path: str, stored: Buffer, dry: DryChunk) -> Bytes:
+    """The bytes of a chunk as the output has them."""
+    start, stop = dry.chunk.start, dry.chunk.stop
+    at = start % ALIGNMENT
+    try:
+        with closing(RangeReader(path)) as reader:
+            reader.read(stored.view, at, start, stop - start)
+    except OSError as error:
+        cause = f"cannot be read: {error.strerror or error}"
+        raise PieceError(cause, path, start, stop, dry.names) from error
+    return stored.array[at : at + stop - start]
+
+
+def _differences(task: PieceTask, dry: DryChunk, stored: Bytes) -> Iterator[Difference]:
+    places: list[tuple[str | None, int, int]] = [(None, 0, len(dry.chunk.literal))]
+    places += [(name, part.at, part.nbytes) for name, part in zip(dry.names, dry.chunk.parts, strict=True)]
+    for name, start, nbytes in places:
+        wrong = np.flatnonzero(dry.made[start : start + nbytes] != stored[start : start + nbytes])
+        if wrong.size:
+            begin = dry.chunk.start + start
+            yield Difference(task.shard_name, name, begin + int(wrong[0]), begin + int(wrong[-1]) + 1)

@@ -7,12 +7,14 @@ kernels in between are the same.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 
 from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Operand, Span
+from rv_distributed.recipe import Weights
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
 from rv_distributed.runtime.model import WorkerConfig
@@ -25,6 +27,7 @@ class TorchBlock:
         # The streams are the parallelism; torch's own threads would only get in their way.
         torch.set_num_threads(1)
         self._device = torch.device(device)
+        self._order = config.arithmetic.order
         self._combiner = Combiner(
             block_elements=block_bytes // min(dtype.itemsize for dtype in TORCH_DTYPES.values()),
             outputs=len(config.outputs),
@@ -39,7 +42,7 @@ class TorchBlock:
         self,
         span: Span,
         part: Part,
-        alphas: list[list[float]],
+        weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
@@ -63,12 +66,11 @@ class TorchBlock:
                 for operand, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True)
             ]
             name, first = span.name, part.first + done
-            if span.target is None:
+            if span.target is None and self._order == "each":
                 measured = [self._combiner.extract(results[0], *vectors[0], name=name, first=first)]
             else:
-                measured = self._combiner.combine(
-                    results, load(part.target, span.target), vectors, alphas, name=name, first=first
-                )
+                target = load(part.target, span.target) if span.target else None
+                measured = self._combiner.combine(results, target, vectors, weights, name=name, first=first)
             if self._stream is not None:
                 for raw, result in zip(raws, results, strict=True):
                     raw.copy_(result, non_blocking=True)

@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,6 +40,8 @@ class JobRequest:
     """Wheel of rv_distributed to send along; its dependencies must be installed on the nodes."""
     image: str | None = None
     """Container image of the driver and the workers."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the command reads its options from."""
 
     @property
     def submission_id(self) -> str:
@@ -55,7 +57,7 @@ class JobRequest:
     @contextmanager
     def runtime_env(self) -> Iterator[dict[str, Any]]:
         """Ray's description of the environment; its local files exist inside the context. Raises UsageError."""
-        env: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
+        env: dict[str, Any] = {"env_vars": {**self.environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
         if self.working_dir is not None:
             env["working_dir"] = self.working_dir
         if self.image is not None:

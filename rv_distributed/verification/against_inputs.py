@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, NamedTuple
 
-from rv_distributed.checkpoint.manifest import MANIFEST_FILE, InputEntry, Manifest
+from blake3 import blake3
+
+from rv_distributed.checkpoint.manifest import MANIFEST_FILE, RECIPE_FILE, InputEntry, Manifest
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.errors import Finding, InputError, Problem, UsageError, VerifyError
 from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import Piece, Plan, PlanOptions, make_plan, task_of
-from rv_distributed.recipe import Operation, Recipe, Vector
-from rv_distributed.runtime.model import WorkerConfig
-from rv_distributed.runtime.select import usable_cpus
-from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, size_buffers
+from rv_distributed.recipe import Recipe
+from rv_distributed.storage import PosixFolder
 from rv_distributed.verification.output import VerifyProgress, open_output
 
 #: Smaller than those of a run, so that a sample is spread over more places.
@@ -51,11 +52,11 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
     folder, manifest, findings = open_output(uri)
     if findings:
         raise VerifyError(folder.uri, findings)
-    try:
-        recipe, options = _recipe_of(manifest), _options_of(manifest)
-    except (UsageError, KeyError, ValueError) as error:
-        raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, f"does not say what was computed: {error}")]) from error
+    recipe, options = _recipe_of(folder, manifest)
     plan = make_plan(recipe, _open_inputs(manifest.inputs), options)
+    alphas = () if plan.operation == "extract" else plan.alphas[0]
+    if (plan.operation, dict(plan.options), alphas) != (manifest.operation, manifest.options, manifest.alphas):
+        raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, f"states other options or alphas than {RECIPE_FILE}")])
     if [(shard.name, shard.size) for shard in plan.shards] != [(shard.name, shard.bytes) for shard in manifest.shards]:
         raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, "lists other shards than the inputs give")])
     pieces = _sampled(plan.pieces, sample, manifest.digest)
@@ -65,37 +66,24 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
     return Recomputed(manifest, len(pieces), len(plan.pieces), sum(piece.stop - piece.start for piece in pieces))
 
 
-def _recipe_of(manifest: Manifest) -> Recipe:
-    """The recipe that an output was made by. Raises UsageError when its inputs do not make one."""
-    operation: Operation = manifest.operation  # type: ignore[assignment]  # checked when it was read
-    named = [(entry.role, entry.uri) for entry in manifest.inputs]
-    target = named.pop(0)[1] if named and named[0][0] == "target" else None
-    vectors = []
-    while named:
-        role, uri = named.pop(0)
-        if role == "vector":
-            vectors.append(Vector(uri))
-        elif role == "donor" and named and named[0][0] == "reference":
-            vectors.append(Vector(uri, named.pop(0)[1]))
-        else:
-            raise UsageError(f"the input {uri} is a {role} at an odd place")
-    if (target is None) != (operation == "extract"):
-        raise UsageError(f"the inputs are not those of {operation}")
-    return Recipe(operation, target, tuple(vectors), (manifest.alphas if target is not None else (1.0,),))
+def _recipe_of(folder: PosixFolder, manifest: Manifest) -> tuple[Recipe, PlanOptions]:
+    """What an output was made by, from the recipe beside it. Raises VerifyError when that is not what was written."""
+    # pydantic is imported for it.
+    from rv_distributed.recipe_files.reading import load_recipe
 
-
-def _options_of(manifest: Manifest) -> PlanOptions:
-    recorded = manifest.options
-    return PlanOptions(
-        dtype=recorded["dtype"],
-        max_shard_bytes=int(recorded["max_shard_bytes"]),
-        include=recorded["include"] or None,
-        exclude=recorded["exclude"] or None,
-        piece_bytes=_PIECE_BYTES,
-        rounding=recorded["rounding"],  # type: ignore[arg-type]  # checked by the options themselves
-        seed=int(recorded["seed"]),
-        compute_dtype=recorded["compute_dtype"],  # type: ignore[arg-type]  # likewise
-    )
+    digests = {file.name: file.digest for file in manifest.files}
+    try:
+        if blake3(folder.read(RECIPE_FILE)).hexdigest() != digests.get(RECIPE_FILE):
+            raise VerifyError(folder.uri, [Finding(RECIPE_FILE, "differs from what was written")])
+        loaded = load_recipe(folder.path(RECIPE_FILE))
+    except FileNotFoundError:
+        raise VerifyError(folder.uri, [Finding(RECIPE_FILE, "is missing")]) from None
+    except InputError as error:
+        raise VerifyError(folder.uri, [Finding(RECIPE_FILE, problem.what) for problem in error.problems]) from error
+    inputs = {entry.uri for entry in manifest.inputs}
+    if set(loaded.recipe.inputs) - inputs or len(loaded.recipe.alphas) != 1:
+        raise VerifyError(folder.uri, [Finding(RECIPE_FILE, "is not of the inputs in the manifest")])
+    return loaded.recipe, replace(loaded.plan_options, piece_bytes=_PIECE_BYTES)
 
 
 def _open_inputs(entries: Sequence[InputEntry]) -> dict[str, Checkpoint]:
@@ -125,19 +113,10 @@ def _sampled(pieces: Sequence[Piece], sample: float, seed: str) -> list[Piece]:
 
 
 def _compare(plan: Plan, pieces: Sequence[Piece], output: str, progress: VerifyProgress | None) -> list[Finding]:
+    from rv_distributed.runtime.dry import dry_config
     from rv_distributed.runtime.recompute import recompute
 
-    sizing = size_buffers(plan, streams=min(16, 2 * usable_cpus()), budget_bytes=DEFAULT_BUDGET_BYTES)
-    config = WorkerConfig(
-        outputs=(output,),
-        alphas=plan.alphas,
-        device="cpu",
-        streams=sizing.streams,
-        cpus=usable_cpus(),
-        chunk_bytes=sizing.chunk_bytes,
-        stats="none",
-        arithmetic=plan.arithmetic,
-    )
+    config = dry_config(plan, output=output, stats="none")
     total, done = sum(piece.stop - piece.start for piece in pieces), 0
     findings = []
     tasks = (task_of(plan, piece) for piece in pieces)

@@ -43,7 +43,8 @@ def test_version_is_printed_without_a_command() -> None:
 
 
 def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
-    commands = {"extract", "apply", "transfer", "inspect", "verify", "demo", "submit"}
+    commands = {"extract", "apply", "transfer", "run", "recipe", "inspect", "diff", "verify", "report", "bench"}
+    commands |= {"demo", "version", "submit"}
     listed = rv("--help")
     assert listed.returncode == 0
     assert all(command in listed.stdout for command in commands)
@@ -55,7 +56,14 @@ def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["transfer", "--help"], ["submit", "--help"], ["inspect", "MODELS/target"], ["DRY-RUN"]],
+    [
+        ["--help"],
+        ["transfer", "--help"],
+        ["run", "--help"],
+        ["submit", "--help"],
+        ["inspect", "MODELS/target"],
+        ["DRY-RUN"],
+    ],
     ids=lambda args: args[0],
 )
 def test_planning_commands_import_neither_torch_nor_ray(args: list[str], models: Path, tmp_path: Path) -> None:
@@ -102,7 +110,7 @@ def test_rounding_and_arithmetic_are_shown_recorded_and_verified(models: Path, t
         "float64",
     ]
     again = rv(*transfer_of(models, out, *options, "--alpha", "0.3"))
-    assert "already complete" in again.stdout
+    assert "up to date" in again.stdout
     assert rv(*transfer_of(models, out, *options, "--alpha", "0.3", "--seed", "8")).returncode == 2
     checked = rv("verify", out, "--against-inputs")
     assert checked.returncode == 0, checked.stderr
@@ -125,7 +133,7 @@ def test_json_puts_one_document_on_stdout(models: Path, tmp_path: Path) -> None:
     done = json.loads(rv(*transfer_of(models, tmp_path / "out", "--json")).stdout)
     stored = json.loads((tmp_path / "out" / "rv_manifest.json").read_bytes())
     assert done["status"] == "done"
-    assert done["outputs"] == [{"path": str(tmp_path / "out"), "manifest": stored}]
+    assert done["outputs"] == [{"path": str(tmp_path / "out"), "up_to_date": False, "manifest": stored}]
     assert json.loads(rv("verify", tmp_path / "out", "--json").stdout)["status"] == "verified"
     assert json.loads(rv("inspect", tmp_path / "out", "--json").stdout)["manifest"] == stored
 

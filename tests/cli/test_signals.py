@@ -104,3 +104,27 @@ def test_a_signal_after_the_end_ends_the_process_without_a_traceback(signum: sig
     ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert ended.returncode == -signum
     assert ended.stderr == ""
+
+
+#: ``rv`` that gets a signal while it compares a piece.
+INTERRUPTED_DIFF = """
+import os, signal
+import rv_distributed.comparison.measure as measure
+
+look = measure._look
+
+def look_and_send(stream, task):
+    os.kill(os.getpid(), signal.SIGINT)
+    return look(stream, task)
+
+measure._look = look_and_send
+from rv_distributed.cli import main
+main()
+"""
+
+
+def test_a_signal_stops_a_comparison_which_promises_no_resume(tmp_path: Path) -> None:
+    make_checkpoints(str(tmp_path))
+    argv = [sys.executable, "-c", INTERRUPTED_DIFF, "diff", str(tmp_path / "donor"), str(tmp_path / "target")]
+    stopped = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "rv: stopped by SIGINT\n")

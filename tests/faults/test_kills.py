@@ -49,7 +49,7 @@ def check_rerun(world: World, out: Path, *options: str) -> None:
     assert lost_bytes(content_of(out), world.wanted) == 0
     assert not staged(out).exists()
     if was_published:
-        assert "already complete" in done.stdout
+        assert "up to date" in done.stdout
     elif kept:
         assert f"{kept} of {PIECES} pieces kept from an earlier run" in done.stdout
 
@@ -143,7 +143,7 @@ def test_a_sweep_killed_between_two_outputs_goes_on_with_the_second(world: World
     inode = outs["0.3"].stat().st_ino
     done = world.zygote.run(*sweep)
     assert (done.status, done.stderr) == (0, "")
-    assert done.stdout.count("already complete, made at") == 1
+    assert done.stdout.count("up to date, made at") == 1
     assert f"{PIECES} of {PIECES} pieces kept" in done.stdout
     assert outs["0.3"].stat().st_ino == inode
     assert (content_of(outs["0.3"]), content_of(outs["0.7"])) == (world.older, world.wanted)

@@ -100,15 +100,15 @@ def test_a_complete_output_is_left_as_it_is(world: World) -> None:
     before = out.stat()
     done = world.zygote.run(*world.command(out), log=log)
     assert (done.status, done.stderr) == (0, "")
-    assert "already complete, made at" in done.stdout
+    assert "up to date, made at" in done.stdout
     assert "--overwrite makes it again" in done.stdout
     assert not [line for line in log.read_text().splitlines() if line.split(" ")[0] in STEPS.split("|")]
     assert out.stat() == before
     document = json.loads(world.rv(out, "--json").stdout)
     assert (document["status"], document["plan"]["bytes_written"]) == ("done", 0)
     assert document["outputs"][0]["manifest"] == json.loads((out / "rv_manifest.json").read_bytes())
-    assert "already complete" in world.rv(out, "--dry-run").stdout
-    assert "already complete" not in world.rv(out, "--overwrite").stdout
+    assert "up to date" in world.rv(out, "--dry-run").stdout
+    assert "up to date" not in world.rv(out, "--overwrite").stdout
     assert content_of(out) == world.wanted
 
 
@@ -136,7 +136,7 @@ def test_a_finished_output_leaves_the_pieces_of_a_later_overwrite_alone(world: W
     assert world.rv(out).status == 0
     template = finished_pieces(world)
     shutil.copytree(staged(template / "out"), staged(out))
-    assert "already complete" in world.rv(out).stdout
+    assert "up to date" in world.rv(out).stdout
     done = world.rv(out, "--overwrite")
     assert f"{PIECES} of {PIECES} pieces kept" in done.stdout
 
@@ -145,5 +145,5 @@ def test_what_a_published_run_left_is_cleaned_up_by_the_next(world: World) -> No
     out = world.place / "out"
     assert world.rv(out, faults=(Fault("unlink", "records.jsonl", 1, "kill"),)).status == -signal.SIGKILL
     assert staged(out).exists()
-    assert "already complete" in world.rv(out).stdout
+    assert "up to date" in world.rv(out).stdout
     assert not staged(out).exists()

@@ -27,7 +27,7 @@ import rv_distributed.runtime.local
 from rv_distributed.cli import main, options
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.plan import PlanOptions
-from rv_distributed.recipe import Arithmetic
+from rv_distributed.recipe import Arithmetic, Weights
 
 IMPORTED = (huggingface_hub.metadata_load, pyarrow.parquet, yaml, rv_distributed.runtime.local)
 MIB = 1 << 20
@@ -55,7 +55,7 @@ def load_kernel() -> None:
     """Children find it in their memory."""
     combiner = CompiledCombiner(outputs=1, weighted=False, stats="full", arithmetic=Arithmetic("float32", "nearest", 0))
     zeros, out, operand = np.zeros(8, np.uint8), np.empty((1, 8), np.uint8), RawOperand(0, "F32")
-    combiner.compute(zeros, operand, [(operand, None)], [[1.0]], out, 0, "F32", name="", first=0, count=2)
+    combiner.compute(zeros, operand, [(operand, None)], [Weights((1.0,))], out, 0, "F32", name="", first=0, count=2)
 
 
 def small_pieces(self: options.Common) -> PlanOptions:

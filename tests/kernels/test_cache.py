@@ -13,7 +13,7 @@ import pytest
 COMPUTE = """
 import numpy as np
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
-from rv_distributed.recipe import Arithmetic
+from rv_distributed.recipe import Arithmetic, Weights
 
 values = np.arange(16, dtype=np.float32)
 out = np.zeros((1, 32), np.uint8)
@@ -21,7 +21,7 @@ combiner = CompiledCombiner(outputs=1, weighted=False, stats="full", arithmetic=
 target, vector = RawOperand(0, "F32"), RawOperand(32, "F32")
 arena = values.view(np.uint8)
 (found,) = combiner.compute(
-    arena, target, [(vector, None)], [[0.5]], out, 0, "F32", name="x", first=0, count=8
+    arena, target, [(vector, None)], [Weights((0.5,))], out, 0, "F32", name="x", first=0, count=8
 )
 print(out.view(np.float32).tolist(), found.nonzero, found.changed)
 """

@@ -29,7 +29,7 @@ from reference import (
 from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.measures import ULPS_FROM, Measures
-from rv_distributed.recipe import Arithmetic, Stats
+from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 DTYPES = ("F32", "BF16", "F16")
 ALPHAS = (1.0, -1.0, 0.5, 0.7, 1e-3, 0.0)
@@ -77,7 +77,9 @@ class ByTorch:
             measures = [combiner.extract(outs[0], *operands[0], name="x", first=first)]
         else:
             t = tensor_of(target)
-            measures = combiner.combine(outs, t, operands, alphas, name="x", first=first)
+            measures = combiner.combine(
+                outs, t, operands, [Weights(tuple(row)) for row in alphas], name="x", first=first
+            )
             assert bytes_of(t) == target.data, "an input was written to"
         return [Raw(dtype, shape, bytes_of(out)) for dtype, out in zip(dtypes, outs, strict=True)], measures
 
@@ -110,7 +112,7 @@ class Compiled:
         raws, measures = [], []
         # All outputs of one call have one dtype.
         for dtype in dict.fromkeys(dtypes):
-            rows = [row for row, other in zip(alphas, dtypes, strict=True) if other == dtype]
+            rows = [Weights(tuple(row)) for row, other in zip(alphas, dtypes, strict=True) if other == dtype]
             combiner = CompiledCombiner(
                 outputs=len(rows), weighted=WEIGHTED or len(vectors) > 1, stats=stats, arithmetic=arithmetic
             )

@@ -14,7 +14,7 @@ from rounding_reference import nearest, neighbours, stochastic, wide_accumulated
 
 from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
 from rv_distributed.kernels.rounding import Rounder, _by_comparison
-from rv_distributed.recipe import Arithmetic, ComputeDType, Rounding
+from rv_distributed.recipe import Arithmetic, ComputeDType, Rounding, Weights
 
 CPU = torch.device("cpu")
 SMALL = ("BF16", "F16")
@@ -214,9 +214,9 @@ def test_in_float64_every_step_is(make: Any, rounding: Rounding, sources: tuple[
             assert same_bits(out.view(torch.uint8).numpy().tobytes(), wanted, dtype)
 
         operands = [(tensor_of(plus), tensor_of(minus))]
-        kernel.combine([out], tensor_of(target), operands, [[alpha]], name="w", first=77)
+        kernel.combine([out], tensor_of(target), operands, [Weights((alpha,))], name="w", first=77)
         bits(wide_accumulated(target, [(plus, minus)], [alpha]))
-        (measures,) = kernel.combine([out], tensor_of(target), [], [[]], name="w", first=77)
+        (measures,) = kernel.combine([out], tensor_of(target), [], [Weights()], name="w", first=77)
         if dtype != target.dtype:
             bits(wide_accumulated(target, [], []))
         else:
@@ -236,7 +236,8 @@ def test_float64_gives_other_bytes_where_float32_loses_some() -> None:
     for dtype in COMPUTE:
         out = torch.empty(1)
         operands = [(tensor_of(plus), tensor_of(minus))]
-        combiner(Arithmetic(dtype, "nearest", 0)).combine([out], tensor_of(target), operands, [[1.0]], name="", first=0)
+        kernel, row = combiner(Arithmetic(dtype, "nearest", 0)), [Weights((1.0,))]
+        kernel.combine([out], tensor_of(target), operands, row, name="", first=0)
         found[dtype] = out.item()
     assert found == {"float32": 1.0, "float64": 1.0 + 2.0**-23}
 
@@ -244,7 +245,7 @@ def test_float64_gives_other_bytes_where_float32_loses_some() -> None:
 def test_outputs_of_one_sweep_share_their_noise_with_runs_of_their_own() -> None:
     rng = np.random.default_rng(10)
     target, plus = weights(rng, "BF16", (40_000,)), weights(rng, "F32", (40_000,), 1e-3)
-    arithmetic, alphas = Arithmetic("float32", "stochastic", 5), [[0.3], [0.0], [0.7], [1.0]]
+    arithmetic, alphas = Arithmetic("float32", "stochastic", 5), [Weights((alpha,)) for alpha in (0.3, 0.0, 0.7, 1.0)]
     outs = [torch.empty(40_000, dtype=torch.bfloat16) for _ in alphas]
     operands: list[tuple[torch.Tensor, torch.Tensor | None]] = [(tensor_of(plus), None)]
     combiner(arithmetic, len(outs)).combine(outs, tensor_of(target), operands, alphas, name="w", first=3)

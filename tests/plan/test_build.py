@@ -10,7 +10,7 @@ from reference import described
 
 from rv_distributed.errors import InputError, UsageError
 from rv_distributed.plan import Operand, Plan, PlanOptions, TensorPlan, make_plan
-from rv_distributed.recipe import Recipe, Vector
+from rv_distributed.recipe import Arithmetic, Recipe, Vector
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -158,7 +158,7 @@ def test_the_arithmetic_is_part_of_the_plan_and_of_its_options() -> None:
     plan = transfer(
         MODEL, MODEL, MODEL, PlanOptions(rounding="stochastic", seed=(1 << 64) - 1, compute_dtype="float64")
     )
-    assert plan.arithmetic == ("float64", "stochastic", (1 << 64) - 1)
+    assert plan.arithmetic == Arithmetic("float64", "stochastic", (1 << 64) - 1)
     options = dict(plan.options)
     assert (options["rounding"], options["seed"], options["compute_dtype"]) == (
         "stochastic",

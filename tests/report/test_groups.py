@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 
+from rv_distributed.checkpoint.names import Place, place_of, short_name
 from rv_distributed.checkpoint.pieces import PieceRow
 from rv_distributed.checkpoint.table import NO_BYTES, TensorRow
 from rv_distributed.report.groups import (
-    Place,
     by_layer,
     group_by,
     largest_vectors,
-    place_of,
-    short_name,
     ulps_of,
 )
 from rv_distributed.report.throughput import shares, throughput

@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_both_runtimes_give_the_same_folders_for_any_number_of_workers(models: Path, tmp_path: Path) -> None:
     run(models, tmp_path / "local", runtime="local")
     expected = contents(tmp_path / "local")
-    assert len(expected) == 7  # three shards, index, table, card, config, and nothing else
+    assert len(expected) == 8  # three shards, index, table, recipe, card, config, and nothing else
     for workers in (1, 2, 5):
         run(models, tmp_path / f"ray-{workers}", runtime="ray", workers=workers)
         run(models, tmp_path / f"local-{workers}", runtime="local", workers=workers)
@@ -100,7 +100,7 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
         preallocate(str(folder / shard.name), shard.size)
     streams, chunk_bytes, _ = job.sizing
     arithmetic = job.plan.arithmetic
-    config = WorkerConfig((str(folder),), job.plan.alphas, "auto", streams, 1, chunk_bytes, job.plan.stats, arithmetic)
+    config = WorkerConfig((str(folder),), (0,), False, "auto", streams, 1, chunk_bytes, job.plan.stats, arithmetic)
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -17,7 +18,7 @@ import pytest
 import typer.main
 
 from rv_distributed.cli.app import app
-from rv_distributed.cli.submit import parse_command
+from rv_distributed.cli.submit import environment, parse_command
 from rv_distributed.errors import UsageError
 from rv_distributed.submission import JobRequest, JobServer, JobState
 
@@ -182,3 +183,17 @@ def test_only_wheels_of_ours_are_sent(tmp_path: Path) -> None:
 )
 def test_the_exit_status_of_a_job(status: str, code: int | None, expected: int) -> None:
     assert JobState("id", status, code, "").exit_status == expected
+
+
+def test_the_commands_variables_go_along_and_those_of_submit_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RV_TRANSFER_ALPHA", "0.5")
+    monkeypatch.setenv("RV_DTYPE", "float32")
+    monkeypatch.setenv("RV_SUBMIT_WHEEL", "/x.whl")
+    request = replace(parse(TRANSFER), environment=environment())
+    with request.runtime_env() as env:
+        sent = {name: value for name, value in env["env_vars"].items() if name.startswith("RV_")}
+    assert sent == {"RV_TRANSFER_ALPHA": "0.5", "RV_DTYPE": "float32"}
+    # What they say is part of the work.
+    assert request.submission_id == parse([*TRANSFER, "--alpha", "0.5", "--dtype", "float32"]).submission_id
+    monkeypatch.delenv("RV_DTYPE")
+    assert request.submission_id != parse(TRANSFER).submission_id

@@ -1,0 +1,49 @@
+"""What a recipe file says, whatever its format, and what its names mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rv_distributed.errors import UsageError
+from rv_distributed.plan import PlanOptions
+from rv_distributed.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """What a recipe file says."""
+
+    recipe: Recipe
+    plan_options: PlanOptions
+    labels: tuple[Mapping[str, str], ...]
+    """What goes for ``{alpha}`` and ``{include}`` in the names of the outputs: one map an output."""
+
+    def outs(self, template: str) -> list[str]:
+        """The name of each output. Raises UsageError when they would have the same, or hold what is not swept over."""
+        unknown = [name for name in ("alpha", "include") if f"{{{name}}}" in template and name not in self.labels[0]]
+        if unknown:
+            raise UsageError(f"--out: the recipe has no sweep of {' and '.join(unknown)}, so {template} is no name")
+        outs = []
+        for labels in self.labels:
+            out = template
+            for name, text in labels.items():
+                out = out.replace(f"{{{name}}}", text)
+            outs.append(out)
+        if len(set(outs)) < len(outs):
+            wanted = "".join(f"-{{{name}}}" for name in self.labels[0])
+            raise UsageError(f"--out: the recipe makes {len(outs)} outputs; write for instance --out 'out{wanted}'")
+        return outs
+
+
+def resolve(name: str, folder: str) -> str:
+    """A checkpoint's name in a recipe: a URI as it is, a path from ``folder`` on, and the two parts of
+    ``model+adapter`` each by itself."""
+    if "://" in name:
+        return name
+    path = os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
+    if "+" not in name or os.path.lexists(path):
+        return path
+    model, _, adapter = name.partition("+")
+    return f"{resolve(model, folder)}+{resolve(adapter, folder)}"

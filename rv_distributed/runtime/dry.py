@@ -1,0 +1,95 @@
+"""Computing pieces without writing them: for what compares or measures. The chunks, the reads and the arithmetic are
+those of the worker."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from rv_distributed.measures import Leaf
+from rv_distributed.plan import PieceTask, Plan
+from rv_distributed.recipe import Stats
+from rv_distributed.runtime.arena import Arena
+from rv_distributed.runtime.buffers import Buffer, Bytes
+from rv_distributed.runtime.chunks import Chunk, cut_chunks
+from rv_distributed.runtime.compute import PartComputer
+from rv_distributed.runtime.model import WorkerConfig
+from rv_distributed.runtime.select import usable_cpus
+from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, size_buffers
+
+_Result = TypeVar("_Result")
+
+
+class DryChunk(NamedTuple):
+    """A chunk that was computed."""
+
+    chunk: Chunk
+    made: Bytes
+    """Its bytes, as the first output has them; valid until the next one."""
+    leaves: list[list[Leaf]]
+    """What was measured, for each of its parts."""
+    names: tuple[str, ...]
+    """Of its parts' tensors."""
+
+
+class DryStream:
+    """The buffers of one thread."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._chunk_bytes = config.chunk_bytes
+        self._processor = threading.Semaphore(1)
+        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor)
+        self._made = Buffer(config.chunk_bytes)
+        self._computer = PartComputer(config, config.device)
+
+    def chunks(self, task: PieceTask) -> Iterator[DryChunk]:
+        """Compute a piece. Raises PieceError when a source cannot be read."""
+        for chunk in cut_chunks(task, self._chunk_bytes):
+            names = tuple(task.spans[part.span].name for part in chunk.parts)
+            self._made.view[: len(chunk.literal)] = chunk.literal
+            self._arena.load(chunk, names)
+            leaves: list[list[Leaf]] = []
+            with self._processor:
+                for part in chunk.parts:
+                    out = self._made.array[np.newaxis, :]
+                    blocks = self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start)
+                    leaves.append([leaf for block in blocks for leaf in block.leaves])
+            yield DryChunk(chunk, self._made.array, leaves, names)
+
+
+def dry_config(plan: Plan, *, output: str, stats: Stats) -> WorkerConfig:
+    """As many streams as this machine has use for; ``output`` is the folder of the plan's one output."""
+    sizing = size_buffers(plan, streams=min(16, 2 * usable_cpus()), budget_bytes=DEFAULT_BUDGET_BYTES)
+    return WorkerConfig(
+        outputs=(output,),
+        numbers=(0,),
+        weighted=plan.weighted,
+        device="cpu",
+        streams=sizing.streams,
+        cpus=usable_cpus(),
+        chunk_bytes=sizing.chunk_bytes,
+        stats=stats,
+        arithmetic=plan.arithmetic,
+    )
+
+
+def each_piece(
+    tasks: Iterable[PieceTask], config: WorkerConfig, look: Callable[[DryStream, PieceTask], _Result]
+) -> Iterator[_Result]:
+    """What ``look`` finds in every piece, in their order, from ``config.streams`` threads at once."""
+    streams = threading.local()
+
+    def run(task: PieceTask) -> _Result:
+        if not hasattr(streams, "own"):
+            streams.own = DryStream(config)
+        return look(streams.own, task)
+
+    pool = ThreadPoolExecutor(config.streams)
+    try:
+        yield from pool.map(run, tasks)
+    finally:
+        pool.shutdown(cancel_futures=True)

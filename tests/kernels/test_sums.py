@@ -1,0 +1,134 @@
+"""Vectors that are added to each other first, and sums of models: both kernels, against NumPy, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from mergekit_reference import as_raw, linear, total
+from reference import ITEM_BYTES, Raw, same_bits, weights, widen
+
+from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
+from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
+from rv_distributed.measures import Measures
+from rv_distributed.recipe import Arithmetic, Order, Weights
+
+COUNT = 5003
+Vectors = Sequence[tuple[Raw, Raw | None]]
+Made = tuple[list[bytes], list[Measures]]
+Kernel = Callable[[Raw | None, Vectors, Sequence[Weights], str, Order], Made]
+
+
+def by_torch(
+    target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtype: str, order: Order, device: str = "cpu"
+) -> Made:
+    combiner = Combiner(
+        block_elements=COUNT,
+        outputs=len(rows),
+        device=torch.device(device),
+        weighted=True,
+        stats="full",
+        arithmetic=Arithmetic("float32", "nearest", 0, order),
+    )
+
+    def load(raw: Raw) -> torch.Tensor:
+        return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype]).to(device)
+
+    outs = [torch.empty(COUNT, dtype=TORCH_DTYPES[dtype], device=device) for _ in rows]
+    operands = [(load(plus), load(minus) if minus else None) for plus, minus in vectors]
+    measures = combiner.combine(outs, load(target) if target else None, operands, rows, name="x", first=0)
+    return [out.cpu().view(torch.uint8).numpy().tobytes() for out in outs], measures
+
+
+def compiled(target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtype: str, order: Order) -> Made:
+    arena = bytearray()
+
+    def place(raw: Raw) -> RawOperand:
+        arena.extend(raw.data)
+        return RawOperand(len(arena) - len(raw.data), raw.dtype)
+
+    combiner = CompiledCombiner(
+        outputs=len(rows), weighted=True, stats="full", arithmetic=Arithmetic("float32", "nearest", 0, order)
+    )
+    placed = place(target) if target else None
+    operands = [(place(plus), place(minus) if minus else None) for plus, minus in vectors]
+    outs = np.zeros((len(rows), COUNT * ITEM_BYTES[dtype]), np.uint8)
+    view = np.frombuffer(arena, np.uint8)
+    measures = combiner.compute(view, placed, operands, rows, outs, 0, dtype, name="x", first=0, count=COUNT)
+    return [out.tobytes() for out in outs], measures
+
+
+KERNELS: tuple[Kernel, ...] = (by_torch, compiled)
+both = pytest.mark.parametrize("kernel", KERNELS, ids=["torch", "compiled"])
+
+
+def raws(dtypes: Sequence[str]) -> list[Raw]:
+    rng = np.random.default_rng(len(dtypes))
+    return [weights(rng, dtype, (COUNT,), 1.0) for dtype in dtypes]
+
+
+@both
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_models_are_summed_as_mergekit_sums_them(kernel: Kernel, dtype: str, normalize: bool) -> None:
+    models = raws(["F32", "BF16", "F16", "F32"])
+    numbers = [(0.3, 0.7, -1.1, 0.2), (1.0, 1.0, -1.0, 0.0), (0.1, 0.1, 0.1, 0.1)]
+    rows = []
+    for alphas in numbers:
+        singles = tuple(float(np.float32(alpha)) for alpha in alphas)
+        divisor = float(total(singles))
+        rows.append(Weights(singles, divisor if normalize else 1.0))
+    found, _ = kernel(None, [(model, None) for model in models], rows, dtype, "fused")
+    for raw, row in zip(found, rows, strict=True):
+        wanted = linear(models, row.alphas, normalize=False) / np.float32(row.divisor)
+        assert same_bits(raw, as_raw(wanted, models[0], dtype).data, dtype)
+
+
+@both
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_vectors_are_added_up_before_the_target_is(kernel: Kernel, dtype: str) -> None:
+    target, *models = raws(["BF16", "F32", "BF16", "BF16"])
+    rows = []
+    for alphas, divisor, scale in [((0.3, 0.4, -0.2), 0.5, 0.8), ((0.0, 0.0, 1.0), 1.0, 1.0), ((0.0,) * 3, 1.0, 2.0)]:
+        singles = tuple(float(np.float32(alpha)) for alpha in alphas)
+        rows.append(Weights(singles, divisor, float(np.float32(scale))))
+    found, _ = kernel(target, [(model, target) for model in models], rows, dtype, "sum")
+    for raw, row in zip(found, rows, strict=True):
+        mixed = np.zeros(COUNT, np.float32)
+        for model, alpha in zip(models, row.alphas, strict=True):
+            mixed = mixed + np.float32(alpha) * (widen(model) - widen(target))
+        wanted = widen(target) + mixed / np.float32(row.divisor) * np.float32(row.scale)
+        if not row.moves and dtype == target.dtype:
+            assert raw == target.data
+        else:
+            assert same_bits(raw, as_raw(wanted, target, dtype).data, dtype)
+
+
+@pytest.mark.parametrize(("has_target", "order"), [(False, "fused"), (True, "sum")])
+def test_both_kernels_measure_the_same(has_target: bool, order: Order) -> None:
+    """Of a sum of models v is the sum itself, and of vectors what was added."""
+    target, *models = raws(["F32", "F32", "BF16"])
+    rows = [Weights((0.5, 0.25), 0.75, 1.5)]
+    vectors = [(model, None) for model in models]
+    (one,), (other,) = (run(target if has_target else None, vectors, rows, "BF16", order)[1] for run in KERNELS)
+    assert (one.nonzero, one.changed, one.ulps, one.absorbed) == (
+        other.nonzero,
+        other.changed,
+        other.ulps,
+        other.absorbed,
+    )
+    assert (one.v_sq, one.t_sq) == pytest.approx((other.v_sq, other.t_sq), rel=1e-12)
+    assert (one.moved_v, one.error_sq) == pytest.approx((other.moved_v, other.error_sq), rel=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("has_target", "order"), [(False, "fused"), (True, "sum")])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_a_gpu_makes_the_bits_of_the_cpu(has_target: bool, order: Order, dtype: str) -> None:
+    target, *models = raws(["F32", "F32", "BF16", "F16"])
+    rows = [Weights((0.3, -0.7, 1.1), 0.7, 1.3), Weights((1.0, 0.0, -1.0))]
+    vectors = [(model, target if has_target else None) for model in models]
+    args = (target if has_target else None, vectors, rows, dtype, order)
+    assert by_torch(*args, device="cuda")[0] == by_torch(*args)[0] == compiled(*args)[0]
