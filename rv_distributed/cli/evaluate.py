@@ -151,7 +151,7 @@ def evaluate(
         say(plan_summary(job))
     if common.dry_run:
         if common.json:
-            say(jsonlib.dumps({"schema_version": 1, "status": "planned", "evaluation": plan_document(job)}, indent=2))
+            say(jsonlib.dumps({"schema_version": 1, "status": "prepared", "evaluation": plan_document(job)}, indent=2))
         return
     evaluation = job.run(None if common.quiet else _log if common.log_format == "json" else _tell)
     if talks:

@@ -35,7 +35,7 @@ class Evaluation:
     failed: tuple[Failed, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """As JSON values; `EVALUATION_SCHEMA` describes them."""
+        """As JSON values; ``schemas/evaluation.schema.json`` describes them."""
         selected = self.outcome.selected
         return {
             "schema_version": SCHEMA_VERSION,

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from eval_models import OWN, choices, write_model, write_tasks
 from refusal import Done, run_rv
+from schemas import check
 
 import rv_distributed as rv
 from rv_distributed.evaluation.perturbations import perturb
@@ -96,7 +97,7 @@ def test_scores_are_those_of_plain_transformers_on_what_rv_transfer_writes(place
 
 
 def test_the_outcome_sums_the_items_up(written: Path) -> None:
-    document = json.loads((written / "rv_eval.json").read_bytes())
+    document = check("evaluation", (written / "rv_eval.json").read_text())
     rows = items(written)
     assert len(document["rows"]) == 2 * len(ALPHAS)
     for row in document["rows"]:
@@ -139,7 +140,7 @@ def test_finished_pairs_are_kept_and_only_the_others_are_asked(place: Path, writ
     done = rv_eval(place, out, *moved(place), *again, "--perturb", "reorder", "--dry-run", "--json")
     assert done.status == 2
     done = rv_eval(place, out, *moved(place), "--tasks", "tiny_text", "--perturb", "reorder", "--dry-run", "--json")
-    pairs = json.loads(done.stdout)["evaluation"]["pairs"]
+    pairs = check("prepared", done.stdout)["evaluation"]["pairs"]
     assert [pair["kept"] for pair in pairs] == [True, False] * len(ALPHAS)
     assert "12 of them asked" not in done.stdout
 
@@ -172,7 +173,7 @@ def test_a_pair_that_fails_does_not_lose_the_others_and_is_tried_again(copied: P
     refused = ("--tasks", "tiny_choice,tiny_text", "--gen-kwargs", "max_gen_toks=100000")
     done = rv_eval(copied, out, *refused, "--json")
     assert done.status == 1
-    document = json.loads(done.stdout)
+    document = check("evaluated", done.stdout)
     assert document["status"] == "failed"
     assert [row["task"] for row in document["evaluation"]["rows"]] == ["tiny_choice"]
     (failed,) = document["evaluation"]["failed"]
@@ -201,6 +202,16 @@ def test_perturbed_questions_are_asked_and_recorded_with_true_answers(place: Pat
         assert f"24 items, {sum(row['perturbed'] for row in own)} of them asked differently" in done.stdout
 
 
+def test_options_come_from_the_environment_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RV_EVAL_TASKS": "tiny_choice", "RV_EVAL_LIMIT": "4", "RV_JSON": "1"}.items():
+        monkeypatch.setenv(name, value)
+    document = check("evaluated", rv_eval(place, tmp_path / "out").stdout)
+    assert document["status"] == "evaluated"
+    (row,) = document["evaluation"]["rows"]
+    assert (row["task"], row["alpha"], row["accuracy"]["items"]) == ("tiny_choice", 0.0, 4)
+    assert document["evaluation"] == json.loads((tmp_path / "out/rv_eval.json").read_bytes())
+
+
 def test_settings_reach_the_harness(place: Path, tmp_path: Path) -> None:
     more = ("--limit", "5", "--num-fewshot", "2", "--gen-kwargs", "max_gen_toks=1")
     done = rv_eval(place, tmp_path / "out", "--tasks", "tiny_text", *more)
@@ -215,7 +226,7 @@ def test_alpha_is_selected_on_one_half(place: Path, tmp_path: Path) -> None:
     alphas = ("--vector", place / "vector", "--alpha", "0.5,1.0", "--select", "--in-memory")
     done = rv_eval(place, tmp_path / "out", *alphas, "--tasks", "tiny_choice")
     assert done.status == 0, done.stderr
-    selected = json.loads((tmp_path / "out/rv_eval.json").read_bytes())["selected"]
+    selected = check("evaluation", (tmp_path / "out/rv_eval.json").read_text())["selected"]
     assert selected["development_items"] + selected["test_items"] == 24
     means = {one["alpha"]: one["accuracy"] for one in selected["development"]}
     assert means[selected["alpha"]] == max(means.values())
