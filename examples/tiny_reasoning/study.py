@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -45,26 +46,36 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="train next to nothing, to see that everything runs")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    reasons: list[str] = []
     with ThreadPoolExecutor(given.jobs) as pool:
-        failed = list(
-            pool.map(lambda seed: run_seed(seed, given.out, problems=given.problems, toy=given.toy), given.seeds)
-        )
-    kept = [seed for seed, why in zip(given.seeds, failed, strict=True) if not why]
-    lost = [f"seed {seed}: {why}" for seed, why in zip(given.seeds, failed, strict=True) if why]
-    text = report([read_seed(given.out / f"seed{seed}") for seed in kept], kept, lost)
-    (given.out / "README.md").write_text(text, encoding="utf-8")
-    if kept:
-        answers = [read_seed(given.out / f"seed{seed}") for seed in kept]
-        (given.out / "accuracy.svg").write_text(draw(answers), encoding="utf-8")
+        run = partial(run_seed, out=given.out, problems=given.problems, toy=given.toy)
+        for why in pool.map(run, given.seeds):
+            reasons.append(why)
+            # After every seed, so that a study that is cut short has what it measured.
+            text = write(given.out, dict(zip(given.seeds, reasons, strict=False)))
     print(text)
-    return 0 if kept else 1
+    return 1 if all(reasons) else 0
 
 
-def run_seed(seed: int, out: Path, *, problems: int, toy: bool) -> str:
+def write(out: Path, reasons: Mapping[int, str]) -> str:
+    """Write the tables and the figure, and return the tables. Of every seed, why it failed, if it did."""
+    kept = [seed for seed, why in reasons.items() if not why]
+    lost = [f"seed {seed}: {why}" for seed, why in reasons.items() if why]
+    answers = [read_seed(out / f"seed{seed}") for seed in kept]
+    text = report(answers, kept, lost)
+    (out / "README.md").write_text(text, encoding="utf-8")
+    if answers:
+        (out / "accuracy.svg").write_text(draw(answers), encoding="utf-8")
+    return text
+
+
+def run_seed(seed: int, *, out: Path, problems: int, toy: bool) -> str:
     """Run a seed that is not finished; why it failed, if it did."""
-    folder = out / f"seed{seed}"
+    folder, known = out / f"seed{seed}", out / f"seed{seed}.not-learned"
     if (folder / "report.html").exists():
         return ""
+    if known.exists():
+        return known.read_text(encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     script = str(Path(__file__).with_name("run.py"))
     command = [sys.executable, script, "--seed", str(seed), "--out", str(folder), "--problems", str(problems)]
@@ -72,8 +83,9 @@ def run_seed(seed: int, out: Path, *, problems: int, toy: bool) -> str:
     with open(out / f"seed{seed}.log", "w", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=log, check=False)
     if done.returncode == NOT_LEARNED:
-        lines = (out / f"seed{seed}.log").read_text(encoding="utf-8").splitlines()
-        return lines[-1].partition(": ")[2]
+        why = (out / f"seed{seed}.log").read_text(encoding="utf-8").splitlines()[-1].partition(": ")[2]
+        known.write_text(why, encoding="utf-8")
+        return why
     return f"exit status {done.returncode}, see {log.name}" if done.returncode else ""
 
 
@@ -101,7 +113,7 @@ MODELS: Final[tuple[tuple[str, str, float], ...]] = (
 
 def report(seeds: Sequence[Answers], kept: Sequence[int], lost: Sequence[str]) -> str:
     """The tables, as Markdown."""
-    count = f"{len(kept)} seeds ({', '.join(map(str, kept))}), {len(lost)} failed"
+    count = f"{len(kept)} seed{'s' if len(kept) > 1 else ''} ({', '.join(map(str, kept))}), {len(lost)} failed"
     lines = [f"{count}{': ' if lost else ''}{'; '.join(lost)}. Mean ± standard error over the seeds.", ""]
     if not seeds:
         return "\n".join(lines)
@@ -111,7 +123,11 @@ def report(seeds: Sequence[Answers], kept: Sequence[int], lost: Sequence[str]) -
     gain = show([mean(own, ("eval", 1.0, None)) - mean(own, ("eval", 0.0, None)) for own in seeds])
     beyond = show([mean(own, ("eval", 1.0, None)) - mean(own, ("eval-full", 1.0, None)) for own in seeds])
     lines += ["", f"What v adds to the target: {gain}; beyond what SFT-full − SFT-terse adds: {beyond}.", ""]
-    return "\n".join(lines)
+    shown = [(model, (name, alpha, None)) for model, name, alpha in MODELS if abs(alpha) in (0.0, 1.0)]
+    lines += [f"| accuracy, clean | {' | '.join(model for model, _ in shown)} |", f"| --- |{' ---: |' * len(shown)}"]
+    for seed, own in zip(kept, seeds, strict=True):
+        lines.append(f"| seed {seed} | {' | '.join(f'{mean(own, key):.3f}' for _, key in shown)} |")
+    return "\n".join([*lines, ""])
 
 
 def _table(title: str, seeds: Sequence[Answers], what: str) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 
 from rv_distributed.evaluation.perturbations import PERTURBATIONS, perturb
 
-FOLDER = Path(__file__).parents[1] / "examples/tiny_reasoning"
+FOLDER = Path(__file__).parents[2] / "examples/tiny_reasoning"
 sys.path.append(str(FOLDER))
 
 from model import TinyQwen2  # noqa: E402
@@ -35,7 +35,7 @@ from problems import (  # noqa: E402
     solve,
 )
 from study import show  # noqa: E402
-from train import randomly_moved  # noqa: E402
+from train import TOY, NotLearned, randomly_moved, train_base  # noqa: E402
 
 quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 KNOWN = Problem("E", 4, (Step("B", "E", 1), Step("G", "B", 9)))
@@ -153,7 +153,7 @@ def test_means_come_with_their_standard_errors() -> None:
 @quiet
 @pytest.mark.timeout(900)
 def test_the_whole_study_runs_and_counts_what_failed(tmp_path: Path) -> None:
-    """One seed of next to no training, and one whose folder cannot be made."""
+    """One seed of next to no training, and one that is known not to learn."""
     out = tmp_path / "study"
     out.mkdir()
     command = [sys.executable, str(FOLDER / "study.py"), "--toy", "--problems", "6", "--out", str(out), "--seeds", "7"]
@@ -165,7 +165,20 @@ def test_the_whole_study_runs_and_counts_what_failed(tmp_path: Path) -> None:
     rows = json.loads((seed / "eval/rv_eval.json").read_bytes())["rows"]
     assert len(rows) == 8 * 5
     text = (out / "README.md").read_text(encoding="utf-8")
-    assert "1 seeds (7), 0 failed" in text
-    assert text.count("| target + v |") == 2
+    assert "1 seed (7), 0 failed" in text
+    assert text.count("| target + v |") == 3
     assert (out / "accuracy.svg").read_text(encoding="utf-8").count("<circle") == 8 * 5
     assert "tiny_chains: accuracy over alpha" in (seed / "report.html").read_text(encoding="utf-8")
+    (out / "seed8.not-learned").write_text("the base's accuracy is 0.80, below 0.85")
+    before = (seed / "report.html").stat().st_mtime_ns
+    done = subprocess.run([*command, "8"], capture_output=True, text=True, env=environment, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 seed (7), 1 failed: seed 8: the base's accuracy is 0.80, below 0.85." in done.stdout
+    assert (seed / "report.html").stat().st_mtime_ns == before
+
+
+def test_a_base_that_does_not_learn_is_not_gone_on_with() -> None:
+    with pytest.raises(NotLearned, match=r"chains of up to 2 were not learned in 3 steps: accuracy 0\.\d\d"):
+        train_base(5, TOY._replace(stages=(2,), stage_steps=3, passes=1.1))
+    with pytest.raises(NotLearned, match=r"the base's accuracy is 0\.\d\d, below 1.1"):
+        train_base(5, TOY._replace(stage_steps=1, sound=1.1))
