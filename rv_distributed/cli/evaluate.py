@@ -71,7 +71,9 @@ ModelArgs = Annotated[
 Consent = Annotated[
     bool,
     typer.Option(
-        "--confirm-run-unsafe-code", help="The harness's consent to run code that a model wrote, as humaneval does."
+        "--confirm-run-unsafe-code",
+        help="The harness's consent to run code that a model wrote, as humaneval does.",
+        allow_from_autoenv=False,
     ),
 ]
 

@@ -212,6 +212,16 @@ def test_options_come_from_the_environment_too(place: Path, tmp_path: Path, monk
     assert document["evaluation"] == json.loads((tmp_path / "out/rv_eval.json").read_bytes())
 
 
+def test_consent_to_run_code_is_given_on_the_command_line_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RV_EVAL_CONFIRM_RUN_UNSAFE_CODE", "HF_ALLOW_CODE_EVAL"):
+        monkeypatch.setenv(name, "1")
+    done = rv_eval(place, tmp_path / "out", "--tasks", "tiny_code")
+    assert done.status == 2
+    assert "say so with --confirm-run-unsafe-code" in done.stderr
+
+
 def test_settings_reach_the_harness(place: Path, tmp_path: Path) -> None:
     more = ("--limit", "5", "--num-fewshot", "2", "--gen-kwargs", "max_gen_toks=1")
     done = rv_eval(place, tmp_path / "out", "--tasks", "tiny_text", *more)
