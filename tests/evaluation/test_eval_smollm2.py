@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
 ALPHA = 0.5
-STEPS = 24
+STEPS = 20
 CAPITALS = {
     "France": "Paris",
     "Italy": "Rome",
@@ -50,14 +50,12 @@ def tuned(model: Path, folder: Path, order: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     learner = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(learner.parameters(), 2e-5)
-    seen = list(CAPITALS.items()) * 4
+    seen = list(CAPITALS.items()) * 2
     random.Random(order).shuffle(seen)
-    for step in range(STEPS):
-        pairs = seen[2 * step : 2 * step + 2]
-        texts = [f"{asked(tokenizer, country)}{city}{tokenizer.eos_token}" for country, city in pairs]
-        loss = sum(learner(**inputs, labels=inputs["input_ids"]).loss for inputs in map(tokens(tokenizer), texts))
+    for country, city in seen[:STEPS]:
+        inputs = tokens(tokenizer)(f"{asked(tokenizer, country)}{city}{tokenizer.eos_token}")
         optimizer.zero_grad()
-        loss.backward()
+        learner(**inputs, labels=inputs["input_ids"]).loss.backward()
         optimizer.step()
     learner.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -29,7 +29,7 @@ DATA: dict[str, dict[str, str]] = {
         "distractor2": "iron",
         "distractor3": "sand",
     },
-    "SaylorTwift/bbh": {"input": "not True is", "target": "False"},
+    "SaylorTwift/bbh": {"input": "Which is true? (A) snow (B) rain List: pear apple", "target": "(A)"},
 }
 
 
