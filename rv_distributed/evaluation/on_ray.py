@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Final
 
 import ray
@@ -29,14 +30,22 @@ def run_on_ray(pairs: Sequence[Pair], means: Means, options: RunOptions) -> Resu
     # The harness asks the process that runs code, and that is another one now.
     consent = os.environ.get(CONSENT_VARIABLE)
     with RayRuntime(options, pieces=len(pairs), buffer_bytes=0) as runtime:
-        wanted: dict[str, Any] = {"num_gpus": 1} if runtime.uses_gpus else {"num_cpus": options.cpus_per_worker}
-        task = ray.remote(_answer).options(max_retries=_RETRIES, scheduling_strategy="SPREAD", **wanted)
+        task = ray.remote(_answer).options(max_retries=_RETRIES, **runtime.placement())
         # With its plan a variant of a large model is megabytes, and goes to a node once.
         variants = {pair.variant.identity: ray.put(pair.variant) for pair in pairs}
-        calls = {task.remote(variants[p.variant.identity], p.ask, p.identity, means, consent): p for p in pairs}
+        calls: dict[Any, Pair] = {}
+        left = iter(pairs)
+
+        def start(count: int) -> None:
+            for pair in islice(left, count):
+                call = task.remote(variants[pair.variant.identity], pair.ask, pair.identity, means, consent)
+                calls[call] = pair
+
         try:
+            start(options.workers or len(pairs))
             while calls:
                 for call in wait(list(calls), _WAIT_S):
+                    start(1)
                     yield calls[call], _result(call, calls.pop(call))
         finally:
             for call in calls:

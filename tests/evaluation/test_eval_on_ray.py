@@ -52,13 +52,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def evaluate(
-    place: Path, out: Path, runtime: str, *tasks: str, in_memory: bool = False
+    place: Path, out: Path, runtime: str, *tasks: str, in_memory: bool = False, workers: int | None = None
 ) -> tuple[rv.Evaluation, list[Progress]]:
     options = EvaluationOptions(
         tuple(map(Ask, tasks)),
         in_memory=in_memory,
         means=Means(task_paths=(str(place / "tasks"),), batch_size="16"),
-        run=rv.RunOptions(runtime=runtime),  # type: ignore[arg-type]  # one of the names
+        run=rv.RunOptions(runtime=runtime, workers=workers),  # type: ignore[arg-type]  # one of the names
     )
     vector = rv.Vector(str(place / "donor"), str(place / "reference"))
     seen: list[Progress] = []
@@ -68,7 +68,7 @@ def evaluate(
 
 def test_both_runtimes_give_the_same_answers(place: Path, tmp_path: Path) -> None:
     here, _ = evaluate(place, tmp_path / "here", "local", "tiny_choice", in_memory=True)
-    there, seen = evaluate(place, tmp_path / "there", "ray", "tiny_choice", in_memory=True)
+    there, seen = evaluate(place, tmp_path / "there", "ray", "tiny_choice", in_memory=True, workers=1)
     assert here.outcome == there.outcome
     assert (tmp_path / "here/rv_items.parquet").read_bytes() == (tmp_path / "there/rv_items.parquet").read_bytes()
     assert [progress.done for progress in seen] == [1, 2]

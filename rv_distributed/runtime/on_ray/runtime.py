@@ -79,14 +79,11 @@ class RayRuntime:
         room = _resource("GPU") if self.uses_gpus else _resource("CPU") // self._options.cpus_per_worker
         return min(self._pieces, self._options.workers or max(1, room))
 
-    def _requests(self, config: WorkerConfig) -> dict[str, Any]:
-        """The options of every actor."""
+    def placement(self) -> dict[str, Any]:
+        """Ray's options for where a worker runs, and on how much; known once it is entered."""
         options: dict[str, Any] = {
             "num_gpus": 1 if self.uses_gpus else 0,
             "num_cpus": 1 if self.uses_gpus else self._options.cpus_per_worker,
-            "memory": _ACTOR_BYTES + self._buffer_bytes,
-            "max_restarts": 0,
-            "max_concurrency": config.streams + 1,
             "scheduling_strategy": "SPREAD",
         }
         if self._options.workers_per_node is not None:
@@ -96,6 +93,11 @@ class RayRuntime:
         if self._options.node_labels:
             options["label_selector"] = dict(self._options.node_labels)
         return options
+
+    def _requests(self, config: WorkerConfig) -> dict[str, Any]:
+        """The options of every actor."""
+        memory = _ACTOR_BYTES + self._buffer_bytes
+        return {**self.placement(), "memory": memory, "max_restarts": 0, "max_concurrency": config.streams + 1}
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
