@@ -52,8 +52,14 @@ example-study: $(VENV)/.eval  ## the same for SEEDS='11 12 13 14 15', as tables 
 test: $(VENV)/.dev  ## the tests
 	$(BIN)/pytest -m 'not slow and not gpu'
 
-test-slow: $(VENV)/.dev  ## the slow tests
-	$(BIN)/pytest -m slow
+# A second S3, and Azure's blobs, for the tests of storage; without npm those tests are skipped.
+build/node/.installed:
+	mkdir -p build/node
+	if command -v npm >/dev/null; then npm install --silent --prefix build/node s3rver@3 azurite@3; fi
+	touch $@
+
+test-slow: $(VENV)/.dev build/node/.installed  ## the slow tests
+	RV_TEST_NODE_FOLDER=$$PWD/build/node $(BIN)/pytest -m slow
 
 soak: $(VENV)/.dev  ## random jobs under random faults; MINUTES=20
 	cd tests && ../$(BIN)/python -m soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rv_distributed.api import apply, extract, run, transfer
+    from rv_distributed.api import apply, extract, push, run, transfer
     from rv_distributed.checkpoint.manifest import Manifest
     from rv_distributed.checkpoint.model import Checkpoint, Tensor
     from rv_distributed.comparison import Diff, diff
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rv_distributed.job import Job, prepare
     from rv_distributed.opening import open_checkpoint
     from rv_distributed.plan import PlanOptions
+    from rv_distributed.pushing import Pushed
     from rv_distributed.recipe import ByTensor, Choice, Recipe, Vector
     from rv_distributed.recipe_files.loaded import LoadedRecipe
     from rv_distributed.recipe_files.reading import load_recipe
@@ -68,6 +69,7 @@ __all__ = [
     "PlanOptions",
     "Problem",
     "Progress",
+    "Pushed",
     "Recipe",
     "RunError",
     "RunOptions",
@@ -85,6 +87,7 @@ __all__ = [
     "open_checkpoint",
     "prepare",
     "prepare_evaluation",
+    "push",
     "run",
     "transfer",
     "verify",
@@ -116,6 +119,7 @@ _HOMES = {
     "PlanOptions": "rv_distributed.plan",
     "Problem": "rv_distributed.errors",
     "Progress": "rv_distributed.watching",
+    "Pushed": "rv_distributed.pushing",
     "Share": "rv_distributed.watching",
     "Recipe": "rv_distributed.recipe",
     "RunError": "rv_distributed.errors",
@@ -133,6 +137,7 @@ _HOMES = {
     "load_recipe": "rv_distributed.recipe_files.reading",
     "prepare": "rv_distributed.job",
     "prepare_evaluation": "rv_distributed.evaluation",
+    "push": "rv_distributed.api",
     "run": "rv_distributed.api",
     "transfer": "rv_distributed.api",
     "verify": "rv_distributed.verification",

@@ -10,11 +10,37 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from rv_distributed.checkpoint.manifest import Manifest
+from rv_distributed.checkpoint.uris import is_remote
+from rv_distributed.errors import UsageError
 from rv_distributed.job import prepare
 from rv_distributed.plan import PlanOptions
+from rv_distributed.pushing import Pushed, hub_target, push_folder
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.runtime.select import RunOptions
+from rv_distributed.storage import resolve_output
+from rv_distributed.verification import verify
 from rv_distributed.watching import ProgressCallback
+
+
+def push(
+    out: str, repository: str, *, public: bool = False, revision: str | None = None, create_pr: bool = False
+) -> Pushed:
+    """Upload a finished output with its card to the Hugging Face Hub, from where a push that was cut short had got.
+
+    A repository that does not exist is made, private unless ``public``. Raises VerifyError when the output is not what
+    its manifest says (its tensors' bytes are not read for that), UsageError for one that is not on this machine,
+    OutputError when the repository cannot be written to, RunError when the upload fails.
+    """
+    if create_pr and revision is not None:
+        raise UsageError("--create-pr opens a pull request against the main branch; give no --revision with it")
+    place = hub_target(repository)
+    if revision is not None:
+        place = place._replace(revision=revision)
+    folder = resolve_output(out)
+    if is_remote(folder):
+        raise UsageError(f"{folder}: only an output on this machine can be pushed; copy it to a local folder first")
+    verify(folder, quick=True)
+    return push_folder(folder, place, public=public, create_pr=create_pr)
 
 
 def extract(

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from rv_distributed.errors import OutputError
+from rv_distributed.checkpoint.uris import is_remote
+from rv_distributed.errors import OutputError, UsageError, redacted
 from rv_distributed.runtime.select import usable_cpus
 from rv_distributed.storage.publish import preallocate
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
@@ -52,8 +53,10 @@ class StorageSpeed:
 def measure_storage(folder: str, nbytes: int = DEFAULT_BYTES) -> StorageSpeed:
     """Measure the file system of ``folder`` with two temporary files of ``nbytes`` in it, and keep the result.
 
-    Raises OutputError when they cannot be written there.
+    Raises OutputError when they cannot be written there, UsageError for a URI.
     """
+    if is_remote(folder):
+        raise UsageError(f"{redacted(folder)}: only local and mounted folders can be measured")
     nbytes = max(_CHUNK, nbytes // _CHUNK * _CHUNK)
     try:
         with tempfile.TemporaryDirectory(prefix=".rv-bench-", dir=folder) as work:

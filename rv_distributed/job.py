@@ -13,25 +13,29 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.pieces import PieceRow
+from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import Cancelled, InputError, OutputError, PieceError, Problem, RunError, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.opening import open_checkpoint, same_weights
-from rv_distributed.plan import PieceTask, Plan, PlanOptions, make_plan, misfits, task_of
+from rv_distributed.plan import WHOLE_SHARDS, PieceTask, Plan, PlanOptions, make_plan, misfits, task_of
+from rv_distributed.pushing import hub_target, local_stage, push_folder, push_problem
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer, check_unchanged
 from rv_distributed.results import piece_rows
 from rv_distributed.runtime.model import PieceResult, Runtime, WorkerConfig
 from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpus
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to_read, size_buffers
-from rv_distributed.staging import Staging, published, tidy
-from rv_distributed.storage import local_path, open_folder
+from rv_distributed.staging import Record, Staging, open_staging, published, tidy
+from rv_distributed.storage import HUB, PosixFolder, open_folder, resolve_output
 from rv_distributed.storage.places import Room, check_rooms, place_problems, rooms
+from rv_distributed.storage.publish import remove
+from rv_distributed.storage.uris import HubUri
 from rv_distributed.watching import ProgressCallback, Watch
 
 
@@ -43,7 +47,12 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     """
     if len(outs) != len(recipe.alphas):
         raise UsageError("give each alpha an output of its own")
-    outs = [local_path(out) for out in outs]
+    outs = [resolve_output(out) for out in outs]
+    pushes = {number: hub_target(out) for number, out in enumerate(outs) if out.startswith(HUB)}
+    outs = [local_stage(pushes[number]) if number in pushes else out for number, out in enumerate(outs)]
+    if any(map(is_remote, outs)):
+        # There a piece cannot begin in the middle of a file.
+        plan_options = replace(plan_options, piece_bytes=WHOLE_SHARDS)
     with _collector_paused():
         opened, problems = _open_all(recipe)
         plan = None
@@ -59,14 +68,16 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     complete = _complete(plan, outs, run_options) if plan is not None else {}
     unmade = [out for number, out in enumerate(outs) if number not in complete]
     places = place_problems(unmade, opened.values(), overwrite=run_options.overwrite)
+    places += [problem for problem in map(push_problem, pushes.values()) if problem is not None]
     if problems or plan is None:
         raise InputError([*problems, *places])
     if places:
         raise OutputError(" ".join(map(str, places)))
     runtime = choose_runtime(run_options)
     streams = _most_streams(run_options) if runtime == "local" else 2 * run_options.cpus_per_worker
-    sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options))
-    return Job(recipe, plan_options, opened, plan, tuple(outs), complete, run_options, runtime, sizing)
+    remote_outputs = sum(map(is_remote, outs))
+    sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options), remote_outputs=remote_outputs)
+    return Job(recipe, plan_options, opened, plan, tuple(outs), pushes, complete, run_options, runtime, sizing)
 
 
 def _complete(plan: Plan, outs: Sequence[str], options: RunOptions) -> dict[int, Manifest]:
@@ -76,7 +87,7 @@ def _complete(plan: Plan, outs: Sequence[str], options: RunOptions) -> dict[int,
     found = {
         number: published(out, identity_of(plan, number), overwrite=options.overwrite)
         for number, out in enumerate(outs)
-        if os.path.lexists(out)
+        if is_remote(out) or os.path.lexists(out)
     }
     return {number: manifest for number, manifest in found.items() if manifest is not None}
 
@@ -135,6 +146,8 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Pr
             problems.append(Problem(str(error.filename or plus.uri), what, "Check its storage."))
     frame = opened[recipe.frame]
     folder = open_folder(frame.uri)
+    if not isinstance(folder, PosixFolder):
+        return problems  # only file systems have links, and permissions of single files
     for sidecar in frame.sidecars:
         path = folder.path(sidecar.name)
         if elsewhere := folder.leads_elsewhere(sidecar.name):
@@ -171,7 +184,9 @@ class Job:
     """The inputs, by the names that the recipe gives them."""
     plan: Plan
     outs: tuple[str, ...]
-    """Absolute paths, one an output."""
+    """Absolute paths or URIs, one an output."""
+    pushes: Mapping[int, HubUri]
+    """Where on the Hub outputs go afterwards, by number; then they are removed here."""
     complete: Mapping[int, Manifest]
     """Outputs that an earlier run of the same command has published, by number: there is nothing to do for them."""
     options: RunOptions
@@ -202,7 +217,8 @@ class Job:
     def rooms(self) -> tuple[Room, ...]:
         """The file systems that the outputs go to, with the room that they take there and the room that there is."""
         sidecars = sum(file.size for file in self.opened[self.recipe.frame].sidecars)
-        return rooms([self.outs[number] for number in self.todo], self.plan.output_bytes + sidecars)
+        local = [self.outs[number] for number in self.todo if not is_remote(self.outs[number])]
+        return rooms(local, self.plan.output_bytes + sidecars)
 
     def recipe_text(self, output: int) -> str:
         """The recipe file that makes one output again."""
@@ -235,6 +251,9 @@ class Job:
         # Last of all: until every output is published, each place tells a next run which of them are.
         for out in self.outs:
             tidy(out)
+        for number, place in self.pushes.items():
+            push_folder(self.outs[number], place)
+            remove(self.outs[number])
         return tuple((made | dict(self.complete))[number] for number in range(len(self.outs)))
 
     def _make(self, progress: ProgressCallback | None, cancel: threading.Event) -> dict[int, Manifest]:
@@ -244,7 +263,7 @@ class Job:
             for number in self.todo:
                 identity = identity_of(self.plan, number)
                 overwrite, restart = self.options.overwrite, self.options.restart
-                staging = Staging(self.outs[number], identity, overwrite=overwrite, restart=restart)
+                staging = open_staging(self.outs[number], identity, overwrite=overwrite, restart=restart)
                 stagings.append(stack.enter_context(closing(staging)))
             reducers = [Reducer(self.plan, *of) for of in zip(self.todo, stagings, strict=True)]
             kept = self._keep(stagings, reducers)
@@ -270,7 +289,7 @@ class Job:
         finished = [staging.finished(self.plan) for staging in stagings]
         kept = set.intersection(*(set(records) for records in finished))
         for staging, reducer, records in zip(stagings, reducers, finished, strict=True):
-            staging.preallocate(self.plan)
+            staging.prepare(self.plan)
             for number in kept:
                 reducer.add(number, records[number])
         return kept
@@ -281,7 +300,7 @@ class Job:
             pieces=len(self.plan.pieces),
             kept=len(kept),
             bytes_total=todo * len(stagings),
-            folders=[staging.work for staging in stagings],
+            places=stagings,
             callback=callback,
         )
 
@@ -308,9 +327,11 @@ class Job:
         # Closed before the stagings are: no worker may write once another run can take the place.
         with closing(runtime.run(tasks(), self._worker_config(stagings))) as results:
             for result in results:
-                for reducer, staging, spans in zip(reducers, stagings, result.outputs, strict=True):
+                shard = self.plan.shards[self.plan.pieces[result.piece].shard].name
+                made = zip(reducers, stagings, result.outputs, result.states, strict=True)
+                for reducer, staging, spans, state in made:
                     reducer.add(result.piece, spans)
-                    staging.record(result.piece, spans)
+                    staging.record(Record(result.piece, spans, state), shard)
                 watch.add(result)
                 # Of its outputs, the reducers have what is wanted.
                 done.append((result._replace(outputs=()), time.monotonic() - began))
@@ -337,6 +358,7 @@ class Job:
             streams=self.sizing.streams,
             cpus=usable_cpus() if self.runtime == "local" else self.options.cpus_per_worker,
             chunk_bytes=self.sizing.chunk_bytes,
+            arenas=self.sizing.arenas,
             stats=self.plan.stats,
             arithmetic=self.plan.arithmetic,
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Final
 
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.checkpoint.table import TensorRow
 from rv_distributed.errors import NonFiniteError, Problem
 from rv_distributed.plan import Operand, Plan, TensorPlan
+from rv_distributed.storage import open_reader
 
 _MOST_SHOWN: Final = 20
 _REMEDY: Final = "Repair the checkpoint; or run again with --allow-nonfinite, which publishes what is finished already."
@@ -52,10 +54,10 @@ def _operands(tensor: TensorPlan) -> Iterator[tuple[str, Operand]]:
 def _element(operand: Operand, index: int) -> float:
     """One element of a source tensor, of one of the dtypes that arithmetic reads. Raises OSError."""
     width = item_bytes(operand.dtype)
-    with open(operand.path, "rb") as file:
-        file.seek(operand.offset + index * width)
-        raw = file.read(width)
+    raw = bytearray(width)
+    with closing(open_reader(operand.path)) as reader:
+        reader.read(memoryview(raw), 0, operand.offset + index * width, width)
     if operand.dtype == "BF16":
-        raw = bytes(2) + raw
+        raw[:0] = bytes(2)
     value: float = struct.unpack("<e" if operand.dtype == "F16" else "<f", raw)[0]
     return value

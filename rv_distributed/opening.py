@@ -25,9 +25,11 @@ from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormat
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
 from rv_distributed.checkpoint.sidecars import is_sidecar
+from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import InputError, Problem
-from rv_distributed.storage import PosixFolder, open_folder
-from rv_distributed.storage.posix import is_text, same_bytes
+from rv_distributed.storage import Folder, PosixFolder, open_folder
+from rv_distributed.storage.posix import is_text
+from rv_distributed.storage.same import same_bytes
 
 #: One read fetches most headers whole.
 _FIRST_READ_BYTES: Final = 256 * 1024
@@ -57,11 +59,11 @@ _OTHER_FORMATS: Final = (
         "safetensors.",
     ),
 )
-_SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
+_COMMIT: Final = re.compile(r"(?:/snapshots/|^hf://[^@]+@)([0-9a-f]{40})(?:/|$)")
 
 
 def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
-    """Read everything but the weights of the checkpoint in a folder.
+    """Read everything but the weights of the checkpoint in a folder, a bucket or a repository of the Hub.
 
     ``open_checkpoint(uri).tensors[name]`` gives a tensor's dtype, shape, file and byte range.
 
@@ -75,7 +77,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
         for name in files
         if not is_text(name)
     ]
-    problems += _unreachable(folder)
+    problems += _unreachable(folder) if isinstance(folder, PosixFolder) else []
     warnings: list[str] = []
     weight_map, shards = _choose_shards(folder, files, problems, warnings)
 
@@ -104,7 +106,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     manifest = _read_json(folder, files, MANIFEST_FILE, problems)
     if problems:
         raise InputError(problems)
-    revision = _SNAPSHOT.search(folder.uri)
+    revision = _COMMIT.search(folder.uri)
     return Checkpoint(
         uri=folder.uri,
         tensors=tensors,
@@ -119,7 +121,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _choose_shards(
-    folder: PosixFolder, files: dict[str, FileState], problems: list[Problem], warnings: list[str]
+    folder: Folder, files: dict[str, FileState], problems: list[Problem], warnings: list[str]
 ) -> tuple[dict[str, str] | None, list[FileState]]:
     """The index, if there is one, and the shards that make up the model."""
     present = [name for name in files if name.endswith(".safetensors") and "/" not in name]
@@ -166,7 +168,7 @@ def _unreachable(folder: PosixFolder) -> list[Problem]:
     ]
 
 
-def _other_format(folder: PosixFolder, files: dict[str, FileState]) -> Problem:
+def _other_format(folder: Folder, files: dict[str, FileState]) -> Problem:
     for suffixes, kind, remedy in _OTHER_FORMATS:
         found = next((name for name in files if name.endswith(suffixes)), None)
         if found:
@@ -175,7 +177,7 @@ def _other_format(folder: PosixFolder, files: dict[str, FileState]) -> Problem:
     return Problem(folder.uri, "holds no safetensors files", remedy)
 
 
-def _load_header(folder: PosixFolder, file: FileState) -> tuple[Header, int, bytes] | Problem:
+def _load_header(folder: Folder, file: FileState) -> tuple[Header, int, bytes] | Problem:
     where = folder.path(file.name)
     try:
         first = folder.read(file.name, 0, _FIRST_READ_BYTES)
@@ -206,11 +208,11 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
     if one.uri == other.uri:
         return True
     return one.fingerprint == other.fingerprint and all(
-        same_bytes(os.path.join(one.uri, file.name), os.path.join(other.uri, file.name)) for file in one.weight_files
+        same_bytes(join(one.uri, file.name), join(other.uri, file.name), file.size) for file in one.weight_files
     )
 
 
-def _check_index(folder: PosixFolder, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> list[Problem]:
+def _check_index(folder: Folder, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> list[Problem]:
     where, problems = folder.path(INDEX_FILE), []
     remedy = "The index and the shards come from different versions of the model: download both again."
     for name, shard in weight_map.items():
@@ -226,7 +228,7 @@ def _check_index(folder: PosixFolder, weight_map: dict[str, str], tensors: dict[
 
 
 def _read_json(
-    folder: PosixFolder, files: dict[str, FileState], name: str, problems: list[Problem]
+    folder: Folder, files: dict[str, FileState], name: str, problems: list[Problem]
 ) -> dict[str, Any] | None:
     if name not in files:
         return None
@@ -244,7 +246,7 @@ def _read_json(
     return document
 
 
-def _read_bounded(folder: PosixFolder, file: FileState) -> bytes:
+def _read_bounded(folder: Folder, file: FileState) -> bytes:
     if file.size > _MAX_JSON_BYTES:
         raise OSError(f"has {file.size} bytes, more than any such file needs")
     return folder.read(file.name)

@@ -8,7 +8,6 @@ everything and publishes it by one rename.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
@@ -18,7 +17,6 @@ from blake3 import blake3
 from rv_distributed.checkpoint.card import build_card, license_fields, metadata_of, model_name
 from rv_distributed.checkpoint.index import INDEX_FILE, build_index
 from rv_distributed.checkpoint.manifest import (
-    MANIFEST_FILE,
     PIECES_FILE,
     RECIPE_FILE,
     TABLE_FILE,
@@ -43,7 +41,6 @@ from rv_distributed.results import tensor_rows
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging import Staging
 from rv_distributed.storage import open_folder
-from rv_distributed.storage.publish import create, make_folder, naming
 from rv_distributed.versions import versions
 
 _CARD_FILE = "README.md"
@@ -87,9 +84,6 @@ class Reducer:
         rows, totals = self._results
         files = [self._write(TABLE_FILE, write_table(rows)), self._write(PIECES_FILE, write_pieces(pieces))]
         files.append(self._write(RECIPE_FILE, recipe.encode()))
-        if len(self._plan.shards) > 1:
-            weight_map = {row.name: row.shard for row in rows}
-            files.append(self._write(INDEX_FILE, build_index(weight_map, self._plan.data_bytes)))
         folder = open_folder(frame.uri)
         dtype = dict(self._plan.options)["dtype"]
         for sidecar in frame.sidecars:
@@ -97,6 +91,10 @@ class Reducer:
             if sidecar.name == "config.json" and dtype != "auto":
                 data = with_dtype(data, dtype)
             files.append(self._write(sidecar.name, data))
+        if len(self._plan.shards) > 1:
+            # By now all that it leads to is there.
+            weight_map = {row.name: row.shard for row in rows}
+            files.append(self._write(INDEX_FILE, build_index(weight_map, self._plan.data_bytes)))
         manifest = Manifest(
             operation=self._plan.operation,
             formula=formula(self._plan, self._output),
@@ -117,17 +115,13 @@ class Reducer:
         names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
         card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(frame)).encode())
         manifest = manifest.with_file(card).sealed()
-        entry = self._write(MANIFEST_FILE, manifest.to_json())
         # Once more, as the small files were read after the first time.
         check_unchanged(self._plan)
-        self._staging.publish(entry.digest)
+        self._staging.publish(manifest.to_json())
         return manifest
 
     def _write(self, name: str, data: bytes) -> FileEntry:
-        path = os.path.join(self._staging.folder, name)
-        make_folder(os.path.dirname(path))
-        with naming(path), open(path, "wb", opener=create) as file:
-            file.write(data)
+        self._staging.write(name, data)
         return FileEntry(name, len(data), blake3(data).hexdigest())
 
     @cached_property
@@ -150,8 +144,9 @@ def check_unchanged(plan: Plan) -> None:
     """Raise ChangedError when an input file is not in the state in which the plan saw it."""
     for item in plan.inputs:
         folder = open_folder(item.uri)
+        states = folder.states(file.name for file in item.files)
         for file in item.files:
-            if folder.state(file.name) != file.state:
+            if states.get(file.name) != file.state:
                 raise ChangedError(
                     f"{folder.path(file.name)} changed while it was read, so nothing was published. "
                     "Run again with --restart once the input is at rest."
@@ -192,11 +187,8 @@ def _license_of(checkpoint: Checkpoint) -> dict[str, str]:
     """The licence in the metadata of a checkpoint's own model card, if it has one."""
     from yaml import YAMLError
 
-    path = os.path.join(checkpoint.uri, _CARD_FILE)
     try:
-        if os.path.getsize(path) > _MAX_CARD_BYTES:
-            return {}
-        with open(path, encoding="utf-8-sig") as file:
-            return license_fields(metadata_of(file.read()))
+        raw = open_folder(checkpoint.uri).read(_CARD_FILE, 0, _MAX_CARD_BYTES + 1)
+        return license_fields(metadata_of(raw.decode("utf-8-sig"))) if len(raw) <= _MAX_CARD_BYTES else {}
     except (OSError, ValueError, RecursionError, YAMLError):
         return {}

@@ -7,14 +7,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Final, Literal
 
 from rv_distributed.errors import one_line
 from rv_distributed.runtime.model import PieceResult
-from rv_distributed.storage.publish import create
+from rv_distributed.staging import Staging
 
 PROGRESS_FILE: Final = "progress.json"
 _WRITE_EVERY_S: Final = 1.0
@@ -76,13 +75,13 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class Watch:
-    """Keeps count of the results of a run and tells of them. ``folders`` are those that get a progress file."""
+    """Keeps count of the results of a run and tells of them. ``places`` are those that get a progress file."""
 
     def __init__(
-        self, *, pieces: int, kept: int, bytes_total: int, folders: Sequence[str], callback: ProgressCallback | None
+        self, *, pieces: int, kept: int, bytes_total: int, places: Sequence[Staging], callback: ProgressCallback | None
     ) -> None:
         self._began = self._wrote = time.monotonic()
-        self._folders = folders
+        self._places = places
         self._callback = callback
         self._workers: dict[str, Share] = {}
         self._now = Progress(kept, pieces, kept, 0, bytes_total, 0.0, self._workers)
@@ -113,8 +112,7 @@ class Watch:
         self._write("stopped", f"{type(error).__name__}: {one_line(str(error))}")
 
     def _write(self, state: State, why: str | None = None) -> None:
-        """Replace the progress files. They are for people and their monitors: that one cannot be written is no reason
-        to stop."""
+        """Replace the progress files."""
         self._wrote = time.monotonic()
         document = {
             "schema_version": 1,
@@ -125,9 +123,5 @@ class Watch:
             "pid": os.getpid(),
             **asdict(self._now),
         }
-        for folder in self._folders:
-            path = os.path.join(folder, PROGRESS_FILE)
-            with suppress(OSError):
-                with open(path + ".new", "w", encoding="utf-8", opener=create) as file:
-                    json.dump(document, file, indent=2)
-                os.replace(path + ".new", path)
+        for place in self._places:
+            place.show(PROGRESS_FILE, json.dumps(document, indent=2).encode())

@@ -345,7 +345,7 @@ def test_a_crash_right_after_publishing_does_not_block_the_next_run(
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr("rv_distributed.staging.remove", remove)
+        patched.setattr("rv_distributed.staging.posix.remove", remove)
         with pytest.raises(Stop):
             inputs.run(tmp_path / "out")
     assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)

@@ -368,5 +368,5 @@ def test_all_missing_shards_are_told_at_once(sharded: Path) -> None:
 
 
 def test_another_storage_is_a_usage_error_before_anything_is_read() -> None:
-    with pytest.raises(UsageError, match=r"^s3://bucket/model: this version has no storage for s3://"):
-        open_checkpoint("s3://bucket/model")
+    with pytest.raises(UsageError, match=r"^ftp://host/model: there is no storage for ftp:// here"):
+        open_checkpoint("ftp://host/model")

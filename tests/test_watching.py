@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rv_distributed.demo import make_checkpoints
 from rv_distributed.logs import JsonLines
 from rv_distributed.plan import PIECE_ALIGNMENT, PlanOptions
 from rv_distributed.runtime.model import PieceResult, Waited
+from rv_distributed.staging import open_staging
 from rv_distributed.watching import Share, Watch
 
 SMALL = PlanOptions(max_shard_bytes=5_000_000, piece_bytes=PIECE_ALIGNMENT)
@@ -27,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def result(piece: int, worker: str, attempt: int = 1) -> PieceResult:
-    return PieceResult(piece, (), 3000, 1000, Waited(0.5, 0.25, 0.125), worker, attempt)
+    return PieceResult(piece, (), (), 3000, 1000, Waited(0.5, 0.25, 0.125), worker, attempt)
 
 
 def test_a_share_adds_up_what_a_worker_did() -> None:
@@ -63,12 +65,15 @@ def test_the_progress_file_says_how_far_the_run_is_and_why_it_stopped(models: Pa
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path) -> None:
+    place = open_staging(str(tmp_path / "out"), {}, overwrite=False, restart=False)
+    place.close()
+    shutil.rmtree(tmp_path / ".out.rv")
     seen: list[int] = []
     watch = Watch(
         pieces=1,
         kept=0,
         bytes_total=1000,
-        folders=[str(tmp_path / "missing")],
+        places=[place],
         callback=lambda now: seen.append(now.bytes_written),
     )
     watch.add(result(0, "a:1"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from rv_distributed.checkpoint.manifest import Manifest
+from rv_distributed.checkpoint.uris import last_part
 from rv_distributed.errors import one_line, redacted
 
 TAGS: Final = ("merge", "task-arithmetic", "reasoning-vector")
@@ -20,7 +21,9 @@ def model_name(uri: str) -> str:
     often that of the model that training began with.)"""
     if cached := _CACHE_FOLDER.search(uri + "/"):
         return cached[1].replace("--", "/", 1)
-    return uri.rstrip("/").rsplit("/", 1)[-1]
+    if uri.startswith("hf://"):
+        return "/".join(uri.removeprefix("hf://").partition("@")[0].split("/")[:2])
+    return last_part(uri)
 
 
 def metadata_of(card: str) -> Mapping[str, Any]:

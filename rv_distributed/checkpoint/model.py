@@ -42,7 +42,7 @@ class Checkpoint:
     """A checkpoint, opened: everything but its weights has been read."""
 
     uri: str
-    """As resolved: an absolute path."""
+    """As resolved: an absolute path or a URI; on the Hub, with the commit."""
     tensors: Mapping[str, Tensor]
     """All tensors, in the order of the shards and of the data in them."""
     weight_files: tuple[FileState, ...]

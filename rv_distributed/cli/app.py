@@ -12,7 +12,20 @@ from types import FrameType
 import typer
 
 from rv_distributed import __version__
-from rv_distributed.cli import bench, demo, diff, evaluate, inspect, merge, recipe, report, submit, verify, version
+from rv_distributed.cli import (
+    bench,
+    demo,
+    diff,
+    evaluate,
+    inspect,
+    merge,
+    push,
+    recipe,
+    report,
+    submit,
+    verify,
+    version,
+)
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
@@ -27,7 +40,8 @@ app = typer.Typer(
 )
 _COMMANDS = (
     *(merge.extract, merge.apply, merge.transfer, recipe.run),
-    *(inspect.inspect, diff.diff, verify.verify, report.report, bench.bench, demo.demo, version.version),
+    *(inspect.inspect, diff.diff, verify.verify, push.push, report.report),
+    *(bench.bench, demo.demo, version.version),
 )
 for _command in _COMMANDS:
     app.command(context_settings={"auto_envvar_prefix": f"RV_{_command.__name__.upper()}"})(_command)

@@ -23,7 +23,7 @@ _DIFFERENT: Final = 3
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help="Checkpoint to look at.", metavar="A")],
+    a: Annotated[str, typer.Argument(help="Checkpoint to look at: folder, URI or name on the Hub.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Checkpoint to compare it with.", metavar="B")],
     parquet: Annotated[
         str | None, typer.Option(help="File to write with a row for every tensor.", metavar="FILE")

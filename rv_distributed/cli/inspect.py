@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint.", metavar="CHECKPOINT")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, URI or name on the Hub.", metavar="CHECKPOINT")],
     json: opt.Json = False,
 ) -> None:
     """Show architecture, dtypes, parameters and shards of a checkpoint; for our outputs, how they were made.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final
 
 import typer
 
+from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.cli.options import Common, Out, with_common
 from rv_distributed.errors import UsageError
 from rv_distributed.recipe import Recipe, Vector
@@ -26,6 +28,8 @@ Alpha = Annotated[
 ]
 
 WHOLE: Final = ["1.0"]
+#: The name of an option at the end of a URI, without its value.
+_OPTION: Final = re.compile(r"[?&]\w+$")
 
 
 @with_common
@@ -65,6 +69,7 @@ def transfer(
     Examples:
       rv transfer --target instruct --donor grpo --reference sft --alpha 0.7 --out out
       rv transfer --target instruct --donor grpo --reference sft --alpha 0.5,0.7,1.0 --out 'out-{alpha}'
+      rv transfer --target org/instruct --donor s3://lab/grpo --reference sft --out gs://lab/out
     """
     alphas = parse_alphas(alpha)
     rows = tuple((value,) for _, value in alphas)
@@ -79,10 +84,11 @@ def _run(recipe: Recipe, outs: list[str], common: Common) -> None:
 
 
 def _split(text: str) -> tuple[str, float | None]:
-    """``PATH=ALPHA`` as its two parts; a path may itself hold an equals sign."""
+    """``PATH=ALPHA`` as its two parts; a path may itself hold an equals sign, and so do a URI's options."""
     path, equals, alpha = text.rpartition("=")
+    is_option = is_remote(path) and _OPTION.search(path)
     try:
-        return (path, float(alpha)) if equals else (text, None)
+        return (path, float(alpha)) if equals and not is_option else (text, None)
     except ValueError:
         return text, None
 

@@ -18,7 +18,7 @@ from rv_distributed.units import parse_bytes
 if TYPE_CHECKING:
     from rv_distributed.plan import PlanOptions
 
-Out = Annotated[str, typer.Option("--out", help="Folder to make; it appears when it is complete.", metavar="PATH")]
+Out = Annotated[str, typer.Option("--out", help="Folder or URI to make, whole or not at all.", metavar="PATH")]
 LogFormat = Literal["text", "json"]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.", envvar="RV_JSON")

@@ -12,7 +12,7 @@ from rv_distributed.cli.options import Json, Out, Running, with_common
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import OutputError, RunError, UsageError, one_line
 
-File = Annotated[str, typer.Argument(help="Recipe file, of rv or of mergekit.", metavar="RECIPE")]
+File = Annotated[str, typer.Argument(help="Recipe file or its URI, of rv or of mergekit.", metavar="RECIPE")]
 
 app = typer.Typer(
     help="Write, check and describe recipe files; rv run makes what they say.",
@@ -28,7 +28,8 @@ STARTER: Final = """\
 #   rv recipe check recipe.yaml
 #   rv run recipe.yaml --out 'out-{alpha}'
 #
-# Paths begin at this file's folder; ${NAME} and ${NAME:-default} are environment variables.
+# Paths begin at this file's folder; s3://, gs://, … and org/name on the Hub go as well.
+# ${NAME} and ${NAME:-default} are environment variables.
 
 target: models/instruct            # the model that receives the vectors
 vectors:                           # added in this order

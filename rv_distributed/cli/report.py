@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
+from rv_distributed.checkpoint.uris import is_remote, last_part
 from rv_distributed.cli.options import Json
 from rv_distributed.cli.terminal import say
 from rv_distributed.errors import OutputError, RunError, UsageError, one_line
@@ -17,7 +18,8 @@ from rv_distributed.storage.publish import write_durably
 
 def report(
     outs: Annotated[
-        list[str] | None, typer.Argument(help="Folder of an output; several are compared.", metavar="[OUT...]")
+        list[str] | None,
+        typer.Argument(help="Folder of an output, or its URI; several are compared.", metavar="[OUT...]"),
     ] = None,
     form: Annotated[
         Literal["html", "md"], typer.Option("--format", help="html: one page with figures; md: tables.")
@@ -44,7 +46,9 @@ def report(
 
     outs = outs or []
     named = outs if outs or evaluation is None else [evaluation]
-    name = os.path.basename(os.path.abspath(named[0])) if len(named) == 1 else "comparison"
+    name = "comparison"
+    if len(named) == 1:
+        name = last_part(named[0] if is_remote(named[0]) else os.path.abspath(named[0]))
     path = out if out is not None else f"{name}.report.{form}"
     if path == "-" and json:
         raise UsageError("--json and --out - would both write to stdout; name a file")

@@ -11,10 +11,11 @@ from typing import Any
 
 from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest, Timings
+from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.cli.effort import effort_document, effort_table
 from rv_distributed.cli.options import Running
 from rv_distributed.cli.progress import progress_display
-from rv_distributed.cli.terminal import say, warn
+from rv_distributed.cli.terminal import hide_upload_bars, say, warn
 from rv_distributed.errors import one_line
 from rv_distributed.job import Job, prepare
 from rv_distributed.outcome import oddities, show_measures
@@ -40,9 +41,11 @@ def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: 
         if common.json:
             say(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))
         return
+    if job.pushes and not talks:
+        hide_upload_bars()
     with progress_display(job, common.log_format, shown=not common.quiet) as display:
         manifests = job.run(display)
-    odd = [text for out, manifest in zip(job.outs, manifests, strict=True) for text in oddities(out, manifest)]
+    odd = [text for out, manifest in zip(_places(job), manifests, strict=True) for text in oddities(out, manifest)]
     for warning in odd:
         warn(f"warning: {one_line(warning)}")
     if talks:
@@ -50,7 +53,7 @@ def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: 
     if common.json:
         outputs = [
             {"path": out, "up_to_date": number in job.complete, "manifest": asdict(manifest)}
-            for number, (out, manifest) in enumerate(zip(job.outs, manifests, strict=True))
+            for number, (out, manifest) in enumerate(zip(_places(job), manifests, strict=True))
         ]
         document = {"schema_version": 1, "status": "done", "plan": plan_document(job), "outputs": outputs}
         say(json.dumps({**document, "workers": effort_document(display.workers), "warnings": odd}, indent=2))
@@ -66,7 +69,7 @@ def plan_summary(job: Job) -> str:
         checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
-    rows += [("output", f"{out}  (up to date)" if n in job.complete else out) for n, out in enumerate(job.outs)]
+    rows += [("output", _output(job, number)) for number in range(len(job.outs))]
     shards, pieces, rooms = len(job.plan.shards), len(job.plan.pieces), job.rooms
     each = " each" if len(job.outs) > 1 else ""
     rows += [
@@ -86,6 +89,17 @@ def plan_summary(job: Job) -> str:
             ("left out", f"{plural(len(job.plan.left_out), 'tensor')} with no place in the output: {names}{more}")
         )
     return "\n".join(f"{label:>10}  {one_line(text)}" for label, text in rows)
+
+
+def _places(job: Job) -> list[str]:
+    """Where the outputs are in the end."""
+    return [str(job.pushes.get(number, out)) for number, out in enumerate(job.outs)]
+
+
+def _output(job: Job, number: int) -> str:
+    out, place = job.outs[number], job.pushes.get(number)
+    text = f"{place}, made in {out} and then pushed" if place is not None else out
+    return f"{text}  (up to date)" if number in job.complete else text
 
 
 def _room(room: Room, count: int) -> str:
@@ -126,7 +140,7 @@ def plan_document(job: Job) -> dict[str, Any]:
         "operation": job.plan.operation,
         "formulas": [formula(job.plan, number) for number in range(len(job.outs))],
         "inputs": [{"role": i.role, "uri": i.uri, "fingerprint": i.fingerprint} for i in job.plan.inputs],
-        "outputs": list(job.outs),
+        "outputs": _places(job),
         "options": dict(job.plan.options),
         "tensors": len(job.plan.tensors),
         "computed": sum(tensor.rule == "combine" for tensor in job.plan.tensors),
@@ -149,7 +163,7 @@ def closing_summary(job: Job, manifests: Sequence[Manifest], workers: Mapping[st
     if job.todo:
         timings = manifests[job.todo[0]].timings
         lines = [*_effort(job, timings, seconds), *effort_table(workers, timings.run_s)]
-    for number, (out, manifest) in enumerate(zip(job.outs, manifests, strict=True)):
+    for number, (out, manifest) in enumerate(zip(_places(job), manifests, strict=True)):
         lines += [one_line(out), f"    {show_measures(manifest)}"]
         if number in job.complete:
             lines.append(f"    up to date, made at {manifest.created} by the same command; --overwrite makes it again")
@@ -167,7 +181,7 @@ def _effort(job: Job, timings: Timings, seconds: float) -> list[str]:
         parts = {"reading": timings.read_s, "computing": timings.compute_s, "writing": timings.write_s}
         lines.append("of the workers' time: " + ", ".join(f"{part / busy:.0%} {what}" for what, part in parts.items()))
     storage = known_speed(os.path.dirname(job.outs[0]))
-    if storage is not None:
+    if storage is not None and not any(is_remote(item.uri) for item in job.plan.inputs):
         least_s = show_seconds(storage.predict_s(timings.bytes_read, timings.bytes_written))
         took_s = show_seconds(timings.run_s)
         lines.append(f"by rv bench this storage takes {least_s} for it, with nothing cached; the run took {took_s}")

@@ -16,3 +16,10 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print on stderr."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def hide_upload_bars() -> None:
+    """Keep huggingface_hub's progress bars off stderr."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    disable_progress_bars()

@@ -15,7 +15,7 @@ from rv_distributed.units import show_bytes, show_seconds
 
 
 def verify(
-    out: Annotated[str, typer.Argument(help="Folder of an output.", metavar="OUT")],
+    out: Annotated[str, typer.Argument(help="Folder or URI of an output.", metavar="OUT")],
     against_inputs: Annotated[
         bool, typer.Option("--against-inputs", help="Then compute it again from its inputs, and compare every bit.")
     ] = False,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from contextlib import closing
+from typing import NamedTuple
 
 import numpy as np
 
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
+from rv_distributed.checkpoint.uris import join
 from rv_distributed.comparison.model import Diff, Sums, TensorDiff, Unlike, sums_of
 from rv_distributed.errors import InputError, PieceError, Problem
 from rv_distributed.measures import Leaf, add_up
@@ -20,11 +22,10 @@ from rv_distributed.plan.model import VectorOperand
 from rv_distributed.recipe import Arithmetic, Weights
 from rv_distributed.runtime.dry import DryStream, dry_config, each_piece
 from rv_distributed.runtime.model import BLOCK_BYTES
+from rv_distributed.storage.same import windows
 
 DiffProgress = Callable[[int, int], None]
 """Called with the bytes compared so far, and those in all."""
-
-_READ_BYTES: Final = 8 << 20
 
 
 class _Pair(NamedTuple):
@@ -127,7 +128,7 @@ def _plan(one: Checkpoint, other: Checkpoint, pairs: list[_Pair]) -> Plan:
     tensors, end = [], 0
     for name, x, y in pairs:
         start, end = end, end + y.stop - y.start
-        target, plus = (Operand(f"{c.uri}/{t.file}", t.start, t.dtype) for c, t in ((other, y), (one, x)))
+        target, plus = (Operand(join(c.uri, t.file), t.start, t.dtype) for c, t in ((other, y), (one, x)))
         vectors = (VectorOperand(0, plus, target),)
         tensors.append(TensorPlan(name, y.dtype, y.shape, 0, start, end, "combine", target, vectors, "", weights))
     return Plan(
@@ -147,17 +148,14 @@ def _plan(one: Checkpoint, other: Checkpoint, pairs: list[_Pair]) -> Plan:
 def _differing(one: Checkpoint, other: Checkpoint, pair: _Pair) -> int:
     """Elements with other bytes, of a dtype that arithmetic does not read."""
     width = max(1, (pair.b.stop - pair.b.start) // max(1, math.prod(pair.b.shape)))
-    paths = [f"{one.uri}/{pair.a.file}", f"{other.uri}/{pair.b.file}"]
-    step = _READ_BYTES // width * width
+    paths = [join(one.uri, pair.a.file), join(other.uri, pair.b.file)]
     differing = 0
     try:
-        with open(paths[0], "rb") as x, open(paths[1], "rb") as y:
-            x.seek(pair.a.start)
-            y.seek(pair.b.start)
-            for start in range(pair.b.start, pair.b.stop, step):
-                size = min(step, pair.b.stop - start)
-                rows = [np.frombuffer(file.read(size), np.uint8).reshape(-1, width) for file in (x, y)]
+        with closing(windows((paths[0], pair.a.start), (paths[1], pair.b.start), pair.b.stop - pair.b.start)) as read:
+            for x, y in read:
+                rows = [np.frombuffer(window, np.uint8).reshape(-1, width) for window in (x, y)]
                 differing += int(np.count_nonzero((rows[0] != rows[1]).any(axis=1)))
-    except (OSError, ValueError) as error:
-        raise PieceError(f"cannot be read: {error}", paths[0], pair.a.start, pair.a.stop, (pair.name,)) from error
+    except OSError as error:
+        cause = f"cannot be read: {error.strerror or error}"
+        raise PieceError(cause, paths[0], pair.a.start, pair.a.stop, (pair.name,)) from error
     return differing

@@ -8,6 +8,7 @@ and no second copy of the weights is held: alpha 0 gives back the target's own b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -19,6 +20,7 @@ from rv_distributed.recipe import Weights
 from rv_distributed.reduce import check_unchanged
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.dry import DryStream, dry_config
+from rv_distributed.runtime.model import MOST_REQUESTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,14 +76,15 @@ class _Part(NamedTuple):
 def _computed(plan: Plan, alphas: tuple[float, ...]) -> Iterator[_Part]:
     """The bytes of all tensors that get vectors, each tensor's in their order."""
     plan = replace(plan, alphas=(alphas,))
-    stream = DryStream(dry_config(plan, output="", stats="none"))
-    for task in (task_of(plan, piece) for piece in plan.pieces):
-        task = task._replace(spans=tuple(_weighed(span, alphas) for span in task.spans if span.rule == "combine"))
-        for chunk, made, _, names in stream.chunks(task):
-            for part, name in zip(chunk.parts, names, strict=True):
-                span = task.spans[part.span]
-                start = span.start + chunk.start + part.at - span.at
-                yield _Part(name, start, made[part.at : part.at + part.nbytes])
+    with ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch") as fetching:
+        stream = DryStream(dry_config(plan, output="", stats="none"), fetching)
+        for task in (task_of(plan, piece) for piece in plan.pieces):
+            task = task._replace(spans=tuple(_weighed(span, alphas) for span in task.spans if span.rule == "combine"))
+            for chunk, made, _, names in stream.chunks(task):
+                for part, name in zip(chunk.parts, names, strict=True):
+                    span = task.spans[part.span]
+                    start = span.start + chunk.start + part.at - span.at
+                    yield _Part(name, start, made[part.at : part.at + part.nbytes])
 
 
 def _weighed(span: Span, alphas: tuple[float, ...]) -> Span:

@@ -20,7 +20,8 @@ from typing import Any, Final, NamedTuple
 from blake3 import blake3
 
 from rv_distributed.checkpoint.model import Checkpoint
-from rv_distributed.errors import OutputError, RunError, UsageError
+from rv_distributed.checkpoint.uris import is_remote
+from rv_distributed.errors import OutputError, RunError, UsageError, redacted
 from rv_distributed.evaluation.model import Answers, Ask, Failed, Means, Pair, Variant
 from rv_distributed.evaluation.outcome import outcome_of
 from rv_distributed.evaluation.records import FOLDER, read_record, write_record
@@ -33,6 +34,7 @@ from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Operation, Recipe, Vector, as_float32, show_alpha
 from rv_distributed.runtime.select import RunOptions, choose_runtime
 from rv_distributed.runtime.worker import choose_device
+from rv_distributed.storage import resolve, resolve_output
 
 MODELS: Final = "models"
 _PACKAGES: Final = {"hf": ("lm_eval", "transformers", "accelerate"), "vllm": ("lm_eval", "vllm")}
@@ -92,7 +94,11 @@ def prepare_evaluation(target: str, vector: Vector | None, out: str, options: Ev
     _check_packages(options.means)
     if choose_runtime(options.run) == "local":
         choose_device(options.run.device)
-    out = os.path.abspath(out)
+    out = resolve_output(out)
+    for option, place in (("--target", resolve(target)), ("--out", out)):
+        if is_remote(place):
+            what = f"{option}: {redacted(place)} is no local folder"
+            raise UsageError(f"{what}; rv eval loads models from such, and keeps its results in one")
     _check_place(out)
     alphas = tuple(dict.fromkeys(as_float32(alpha) for alpha in options.alphas if as_float32(alpha)))
     if options.minus and -1.0 not in alphas:

@@ -2,12 +2,13 @@
 
 from rv_distributed.plan.build import PlanOptions, make_plan
 from rv_distributed.plan.families import misfits
-from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, task_of
+from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, WHOLE_SHARDS, cut_pieces, task_of
 from rv_distributed.plan.model import Operand, Piece, PieceTask, Plan, PlannedInput, ShardPlan, Span, TensorPlan
 
 __all__ = [
     "PIECE_ALIGNMENT",
     "PIECE_BYTES",
+    "WHOLE_SHARDS",
     "Operand",
     "Piece",
     "PieceTask",

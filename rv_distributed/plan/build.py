@@ -14,6 +14,7 @@ from typing import Final, NamedTuple, get_args
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
+from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
@@ -255,7 +256,7 @@ def _cannot_compute(where: str, name: str, dtype: str) -> Problem:
 
 
 def _operand(checkpoint: Checkpoint, tensor: Tensor) -> Operand:
-    return Operand(f"{checkpoint.uri}/{tensor.file}", tensor.start, tensor.dtype)
+    return Operand(join(checkpoint.uri, tensor.file), tensor.start, tensor.dtype)
 
 
 def _only_elsewhere(frame: Checkpoint, pairs: Sequence[_Pair]) -> list[tuple[str, str]]:

@@ -14,6 +14,8 @@ from rv_distributed.plan.model import Piece, PieceTask, Plan, ShardPlan, Span
 PIECE_ALIGNMENT: Final = 1 << 20
 #: Large enough that a task costs nothing beside its bytes, small enough to balance and to lose.
 PIECE_BYTES: Final = 64 << 20
+#: Larger than any shard: each is then one piece.
+WHOLE_SHARDS: Final = 1 << 60
 
 
 def group_into_shards(sizes: Sequence[int], max_bytes: int) -> list[int]:

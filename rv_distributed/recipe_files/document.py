@@ -13,7 +13,9 @@ from typing import Any, Final
 
 import yaml
 
+from rv_distributed.checkpoint.uris import is_remote, last_part, parent
 from rv_distributed.errors import InputError, Problem
+from rv_distributed.storage import open_folder
 
 Place = tuple[str | int, ...]
 """The way to a value: keys of maps and numbers in lists."""
@@ -45,11 +47,14 @@ class Document:
 
 
 def read_document(path: str) -> Document:
-    """Read a file that holds one map. Raises InputError with every problem found."""
+    """Read a file that holds one map, by its path or URI. Raises InputError with every problem found."""
     remedy = "Give a recipe: rv recipe init writes one to begin with."
     try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
+        if is_remote(path):
+            raw = open_folder(parent(path)).read(last_part(path), 0, _MAX_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise InputError([Problem(path, f"cannot be read: {error.strerror or error}", remedy)]) from None
     if len(raw) > _MAX_BYTES:

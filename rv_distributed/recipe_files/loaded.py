@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rv_distributed.checkpoint.uris import is_remote, join
 from rv_distributed.errors import UsageError
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Recipe
+from rv_distributed.storage import HUB, is_hub_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,16 @@ class LoadedRecipe:
 
 
 def resolve(name: str, folder: str) -> str:
-    """A checkpoint's name in a recipe: a URI as it is, a path from ``folder`` on, and the two parts of
-    ``model+adapter`` each by itself."""
-    if "://" in name:
+    """A checkpoint's name in a recipe: a URI as it is, a path from ``folder`` on, which may be a URI itself, or else
+    ``org/name`` on the Hub; and the two parts of ``model+adapter`` each by itself."""
+    if is_remote(name):
         return name
-    path = os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
-    if "+" not in name or os.path.lexists(path):
+    path = os.path.expanduser(name)
+    in_store = is_remote(folder) and not os.path.isabs(path)
+    path = join(folder, name) if in_store else os.path.normpath(os.path.join(folder, path))
+    if os.path.lexists(path):
         return path
-    model, _, adapter = name.partition("+")
-    return f"{resolve(model, folder)}+{resolve(adapter, folder)}"
+    if "+" in name:
+        model, _, adapter = name.partition("+")
+        return f"{resolve(model, folder)}+{resolve(adapter, folder)}"
+    return HUB + name if is_hub_name(name) and not in_store else path

@@ -19,9 +19,10 @@ from rv_distributed.recipe_files.document import Document
 from rv_distributed.recipe_files.fields import Fields, Number, NumberOrGradient, kind_of_alpha
 from rv_distributed.recipe_files.loaded import LoadedRecipe, resolve
 from rv_distributed.recipe_files.validation import validate
+from rv_distributed.storage import is_hub_name
+from rv_distributed.storage.uris import HubUri
 
 _REMEDY: Final = "Of mergekit's files rv runs linear and task_arithmetic, see its README; use mergekit for the rest."
-_HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def _dtype(value: object) -> object:
@@ -176,8 +177,11 @@ def _alpha(choices: tuple[Choice, ...]) -> Alpha:
 def _name(model: str) -> str:
     """As mergekit has it: a path from the current folder on or, where there is none, a model on the Hub."""
     parts = [model] if os.path.lexists(model) else model.split("+", 1)
-    named = [
-        f"hf://{part}" if not os.path.lexists(part) and _HUB_ID.fullmatch(part) else resolve(part, os.getcwd())
-        for part in parts
-    ]
-    return "+".join(named)
+    return "+".join(_part(part) for part in parts)
+
+
+def _part(name: str) -> str:
+    if os.path.lexists(name) or not is_hub_name(name):
+        return resolve(name, os.getcwd())
+    repo, _, revision = name.partition("@")
+    return str(HubUri(repo, revision or None, ""))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Final
 
+from rv_distributed.checkpoint.uris import is_remote, parent
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Alpha, ByTensor, Choice, Operation, Recipe, Vector, show_alpha
@@ -24,7 +25,7 @@ def from_own(document: Document) -> LoadedRecipe:
     problems = _misfits(document, fields)
     if problems:
         raise InputError(problems)
-    folder = os.path.dirname(os.path.abspath(document.path))
+    folder = parent(document.path if is_remote(document.path) else os.path.abspath(document.path))
     base = fields.base and resolve(fields.base, folder)
     target = fields.target and resolve(fields.target, folder)
     try:

@@ -12,9 +12,10 @@ from blake3 import blake3
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE, PIECES_FILE, TABLE_FILE, Manifest
 from rv_distributed.checkpoint.pieces import PieceRow, read_pieces
 from rv_distributed.checkpoint.table import TensorRow, read_table
+from rv_distributed.checkpoint.uris import join, last_part
 from rv_distributed.errors import InputError, Problem, UsageError, VerifyError
 from rv_distributed.measures import ULPS_FROM
-from rv_distributed.storage import PosixFolder
+from rv_distributed.storage import Folder
 from rv_distributed.verification.output import open_output
 
 #: What a report asks the options of a manifest for.
@@ -36,7 +37,7 @@ class Output:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return self.uri.rstrip("/").rsplit("/", 1)[-1]
+        return last_part(self.uri)
 
 
 def read_output(uri: str) -> Output:
@@ -68,7 +69,7 @@ def read_output(uri: str) -> Output:
 
 def _changed(uri: str, name: str, what: str) -> Problem:
     remedy = f"rv verify {uri} tells all that differs; make the output again, or take an unchanged copy."
-    return Problem(f"{uri.rstrip('/')}/{name}", what, remedy)
+    return Problem(join(uri, name), what, remedy)
 
 
 def _problems_of(uri: str, manifest: Manifest) -> list[Problem]:
@@ -82,7 +83,7 @@ def _problems_of(uri: str, manifest: Manifest) -> list[Problem]:
     return [_changed(uri, MANIFEST_FILE, what) for what in odd]
 
 
-def _rows(folder: PosixFolder, raw: bytes) -> list[TensorRow]:
+def _rows(folder: Folder, raw: bytes) -> list[TensorRow]:
     try:
         rows = read_table(raw)
         for row in rows:

@@ -1,7 +1,8 @@
 """The memory that a chunk's sources are read into, a block at a time where that is cheap.
 
 What lies in the page cache is copied just before it is computed with, so that it is still in the processor's caches
-then. What does not is read for the whole chunk at once, as storage wants it.
+then. What lies on this machine's storage is read for the whole chunk at once, as storage wants it. What comes over a
+network is asked for as soon as the chunk is known, all of it at once, and then waited for.
 
 `Arena.load` says which chunk is to come; then `Arena.need` is called before any of its bytes are looked at.
 """
@@ -12,12 +13,16 @@ import threading
 import time
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, wait
+from contextlib import contextmanager
 from typing import Final
 
 from rv_distributed.errors import PieceError
 from rv_distributed.runtime.buffers import Buffer, Bytes
 from rv_distributed.runtime.chunks import Chunk, Read
-from rv_distributed.storage.ranges import RangeReader
+from rv_distributed.storage import Reader, open_reader
+from rv_distributed.storage.objects import REQUEST_BYTES
 
 _OPEN_FILES: Final = 16
 
@@ -25,14 +30,18 @@ _OPEN_FILES: Final = 16
 class Arena:
     """Source bytes of one chunk after another. Belongs to one thread at a time."""
 
-    def __init__(self, nbytes: int, *, pinned: bool, processor: threading.Semaphore) -> None:
-        """``processor`` is held by whoever calls `need`, who lets go of it while the storage is waited for."""
+    def __init__(self, nbytes: int, *, pinned: bool, processor: threading.Semaphore, fetching: Executor) -> None:
+        """``processor`` is held by whoever calls `need`, who lets go of it while the storage is waited for.
+        ``fetching`` runs reads over a network."""
         self._buffer = Buffer(nbytes, pinned=pinned)
         self._processor = processor
-        self._readers: OrderedDict[str, RangeReader] = OrderedDict()
+        self._fetching = fetching
+        self._readers: OrderedDict[str, Reader] = OrderedDict()
         self._reads: tuple[Read, ...] = ()
         self._places: list[int] = []
         self._done: list[int] = []
+        self._fetches: dict[int, list[Future[None]]] = {}
+        """By read, what has been asked for and not waited for yet."""
         self._names: tuple[str, ...] = ()
         self.bytes_read = 0
         """In all chunks so far."""
@@ -45,11 +54,25 @@ class Arena:
         return self._buffer.array
 
     def load(self, chunk: Chunk, names: tuple[str, ...]) -> None:
-        """Make room for a chunk of the tensors ``names``; the one before it is forgotten."""
+        """Make room for a chunk of the tensors ``names``; the one before it is forgotten.
+
+        Raises PieceError when a source cannot be opened.
+        """
+        self.drop()
         self._buffer.grow(chunk.arena_bytes)
         self._reads, self._names = chunk.reads, names
         self._places = [read.at for read in chunk.reads]
         self._done = [0] * len(chunk.reads)
+        for number, read in enumerate(chunk.reads):
+            try:
+                reader = self._reader(read.path)
+            except OSError as error:
+                raise self._failed(read, error) from error
+            if reader.is_remote:
+                self._fetches[number] = [
+                    self._fetching.submit(reader.read, self._buffer.view, read.at + start, read.offset + start, count)
+                    for start, count in _requests(read.nbytes)
+                ]
 
     def need(self, at: int, nbytes: int) -> None:
         """Return once ``nbytes`` bytes from ``at``, which lie in one of the chunk's reads, are there.
@@ -63,31 +86,59 @@ class Arena:
             return
         began = time.perf_counter()
         try:
-            reader = self._reader(read.path)
-            stop = done + reader.read_cached(self._buffer.view[read.at + done : at + nbytes], read.offset + done)
-            if stop < wanted:
-                self._wait_for(reader, read, stop)
+            if number in self._fetches:
+                self._wait_for_fetches(number)
                 stop = read.nbytes
+            else:
+                reader = self._reader(read.path)
+                stop = done + reader.read_cached(self._buffer.view[read.at + done : at + nbytes], read.offset + done)
+                if stop < wanted:
+                    self._wait_for(reader, read, stop)
+                    stop = read.nbytes
         except OSError as error:
-            cause = f"cannot be read: {error.strerror or error}"
-            raise PieceError(cause, read.path, read.offset, read.offset + read.nbytes, self._names) from error
+            raise self._failed(read, error) from error
         self._done[number] = stop
         self.bytes_read += stop - done
         self.read_s += time.perf_counter() - began
 
-    def _wait_for(self, reader: RangeReader, read: Read, done: int) -> None:
+    def drop(self) -> None:
+        """Give up what has been asked for; nothing writes to the memory any more."""
+        fetches = [fetch for of_read in self._fetches.values() for fetch in of_read]
+        wait([fetch for fetch in fetches if not fetch.cancel()])
+        self._fetches = {}
+
+    def _wait_for_fetches(self, number: int) -> None:
+        with self._off_the_processor():
+            for fetch in self._fetches[number]:
+                fetch.result()
+
+    def _wait_for(self, reader: Reader, read: Read, done: int) -> None:
         """Read all that is left of a read."""
+        with self._off_the_processor():
+            reader.read(self._buffer.view, read.at + done, read.offset + done, read.nbytes - done)
+
+    @contextmanager
+    def _off_the_processor(self) -> Iterator[None]:
         self._processor.release()
         try:
-            reader.read(self._buffer.view, read.at + done, read.offset + done, read.nbytes - done)
+            yield
         finally:
             asked = time.perf_counter()
             self._processor.acquire()
             self.read_s -= time.perf_counter() - asked
 
-    def _reader(self, path: str) -> RangeReader:
-        reader = self._readers.pop(path, None) or RangeReader(path)
+    def _reader(self, path: str) -> Reader:
+        reader = self._readers.pop(path, None) or open_reader(path)
         self._readers[path] = reader
         if len(self._readers) > _OPEN_FILES:
             self._readers.popitem(last=False)[1].close()
         return reader
+
+    def _failed(self, read: Read, error: OSError) -> PieceError:
+        cause = f"cannot be read: {error.strerror or error}"
+        return PieceError(cause, read.path, read.offset, read.offset + read.nbytes, self._names)
+
+
+def _requests(nbytes: int) -> list[tuple[int, int]]:
+    """Where the parts of a read over a network begin, and how long they are."""
+    return [(start, min(REQUEST_BYTES, nbytes - start)) for start in range(0, nbytes, REQUEST_BYTES)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Buffer, Bytes
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
-from rv_distributed.runtime.model import WorkerConfig
+from rv_distributed.runtime.model import MOST_REQUESTS, WorkerConfig
 from rv_distributed.runtime.select import usable_cpus
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, size_buffers
 
@@ -39,10 +39,10 @@ class DryChunk(NamedTuple):
 class DryStream:
     """The buffers of one thread."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, fetching: Executor) -> None:
         self._chunk_bytes = config.chunk_bytes
         self._processor = threading.Semaphore(1)
-        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor)
+        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor, fetching=fetching)
         self._made = Buffer(config.chunk_bytes)
         self._computer = PartComputer(config, config.device)
 
@@ -72,6 +72,7 @@ def dry_config(plan: Plan, *, output: str, stats: Stats) -> WorkerConfig:
         streams=sizing.streams,
         cpus=usable_cpus(),
         chunk_bytes=sizing.chunk_bytes,
+        arenas=1,
         stats=stats,
         arithmetic=plan.arithmetic,
     )
@@ -85,11 +86,13 @@ def each_piece(
 
     def run(task: PieceTask) -> _Result:
         if not hasattr(streams, "own"):
-            streams.own = DryStream(config)
+            streams.own = DryStream(config, fetching)
         return look(streams.own, task)
 
+    fetching = ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch")
     pool = ThreadPoolExecutor(config.streams)
     try:
         yield from pool.map(run, tasks)
     finally:
         pool.shutdown(cancel_futures=True)
+        fetching.shutdown()

@@ -13,6 +13,8 @@ from rv_distributed.recipe import Arithmetic, Stats
 #: Compute happens in blocks of this many output bytes, cut at multiples of it in the output file: small
 #: enough for the processor's caches, and the same blocks whatever the chunks and pieces.
 BLOCK_BYTES = 512 * 1024
+#: Reads over a network that a worker has under way at once.
+MOST_REQUESTS = 64
 #: Storage slower than this hangs.
 _SLOWEST_BYTES_PER_S = 1_000_000
 _PATIENCE_S = 60.0
@@ -23,7 +25,7 @@ class WorkerConfig:
     """How a worker streams; the same for all workers of a run."""
 
     outputs: tuple[str, ...]
-    """Folder of each output's shards. The files exist, in full size."""
+    """Folder of each output's shards, as `open_writer` takes it. Files exist in full size, objects do not."""
     numbers: tuple[int, ...]
     """Of these outputs in the plan, and so of their weights in a span."""
     weighted: bool
@@ -36,6 +38,8 @@ class WorkerConfig:
     """Streams that may compute at once; more would only push each other's blocks out of the caches."""
     chunk_bytes: int
     """Output bytes that a stream reads, computes and writes at a time; a multiple of `BLOCK_BYTES`."""
+    arenas: int
+    """Chunks whose sources a stream has in memory at once: more than one where they come over a network."""
     stats: Stats
     """What is measured. NaN and infinity are always counted."""
     arithmetic: Arithmetic
@@ -66,6 +70,8 @@ class PieceResult(NamedTuple):
     piece: int
     outputs: tuple[tuple[SpanResult, ...], ...]
     """One tuple an output, with its spans in file order."""
+    states: tuple[str, ...]
+    """One an output: the state of the object that the piece is; empty where the piece is a part of a file."""
     bytes_read: int
     bytes_written: int
     waited: Waited

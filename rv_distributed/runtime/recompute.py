@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import PieceError
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.buffers import Buffer, Bytes
 from rv_distributed.runtime.dry import DryChunk, DryStream, each_piece
 from rv_distributed.runtime.model import WorkerConfig
-from rv_distributed.storage.ranges import ALIGNMENT, RangeReader
+from rv_distributed.storage import open_reader
+from rv_distributed.storage.ranges import ALIGNMENT
 
 
 class Difference(NamedTuple):
@@ -37,7 +39,7 @@ def recompute(tasks: Iterable[PieceTask], config: WorkerConfig) -> Iterator[list
     """
 
     def compare(stream: DryStream, task: PieceTask) -> list[Difference]:
-        path = f"{config.outputs[0]}/{task.shard_name}"
+        path = join(config.outputs[0], task.shard_name)
         # An aligned read begins up to one block before the chunk and ends up to one behind it.
         stored = Buffer(config.chunk_bytes + 2 * ALIGNMENT)
         return [found for dry in stream.chunks(task) for found in _differences(task, dry, _read(path, stored, dry))]
@@ -50,7 +52,7 @@ def _read(path: str, stored: Buffer, dry: DryChunk) -> Bytes:
     start, stop = dry.chunk.start, dry.chunk.stop
     at = start % ALIGNMENT
     try:
-        with closing(RangeReader(path)) as reader:
+        with closing(open_reader(path)) as reader:
             reader.read(stored.view, at, start, stop - start)
     except OSError as error:
         cause = f"cannot be read: {error.strerror or error}"

@@ -14,11 +14,15 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import cycle
 
 import numpy as np
 from blake3 import blake3
 
+from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import PieceError, UsageError
 from rv_distributed.measures import Leaf, add_up
 from rv_distributed.plan import PieceTask
@@ -26,9 +30,9 @@ from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Buffer, Bytes
 from rv_distributed.runtime.chunks import Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
-from rv_distributed.runtime.model import PieceResult, SpanResult, Waited, WorkerConfig
+from rv_distributed.runtime.model import MOST_REQUESTS, PieceResult, SpanResult, Waited, WorkerConfig
 from rv_distributed.runtime.select import may_have_gpus
-from rv_distributed.storage.ranges import RangeWriter
+from rv_distributed.storage import ShardWriter, open_writer
 
 
 class Stopped(Exception):
@@ -43,9 +47,11 @@ class Worker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._stop = threading.Event()
         computing = threading.Semaphore(config.cpus)
+        # Starts threads only for reads over a network.
+        fetching = ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch")
         self._streams: queue.SimpleQueue[_Stream] = queue.SimpleQueue()
         for _ in range(config.streams):
-            self._streams.put(_Stream(config, device, self._stop, computing))
+            self._streams.put(_Stream(config, device, self._stop, computing, fetching))
 
     def run(self, task: PieceTask) -> PieceResult:
         """Make one piece and return once its bytes are on the device.
@@ -81,12 +87,20 @@ class _Stream:
     """The buffers and open files that one piece needs."""
 
     def __init__(
-        self, config: WorkerConfig, device: str, stop: threading.Event, computing: threading.Semaphore
+        self,
+        config: WorkerConfig,
+        device: str,
+        stop: threading.Event,
+        computing: threading.Semaphore,
+        fetching: Executor,
     ) -> None:
         self._config = config
         self._stop = stop
         self._computing = computing
-        self._arena = Arena(config.chunk_bytes, pinned=device != "cpu", processor=computing)
+        self._arenas = [
+            Arena(config.chunk_bytes, pinned=device != "cpu", processor=computing, fetching=fetching)
+            for _ in range(config.arenas)
+        ]
         buffer = Buffer(config.chunk_bytes * len(config.outputs), pinned=device != "cpu")
         self._outs = buffer.array.reshape(len(config.outputs), config.chunk_bytes)
         self._computer = PartComputer(config, device)
@@ -95,23 +109,25 @@ class _Stream:
         hashers = [[blake3() for _ in task.spans] for _ in self._outs]
         leaves: list[list[list[Leaf]]] = [[[] for _ in self._outs] for _ in task.spans]
         compute_s = write_s = 0.0
-        read_before, read_s_before = self._arena.bytes_read, self._arena.read_s
-        writers: list[RangeWriter] = []
+        read_before, read_s_before = self._read()
+        writers: list[ShardWriter] = []
+        states: list[str] = []
         try:
             writers += [self._writer(task, folder) for folder in self._config.outputs]
-            for chunk in cut_chunks(task, self._config.chunk_bytes):
+            for chunk, arena in self._loaded(task):
                 if self._stop.is_set():
                     raise Stopped
                 began = time.perf_counter()
-                self._arena.load(chunk, _names(task, chunk))
                 with self._computing:
-                    self._compute(task, chunk, leaves, hashers)
+                    self._compute(task, chunk, arena, leaves, hashers)
                 writing = time.perf_counter()
                 for writer, out in zip(writers, self._outs, strict=True):
-                    self._write(task, writer, out, chunk)
+                    states += self._write(task, writer, out, chunk)
                 compute_s += writing - began
                 write_s += time.perf_counter() - writing
         finally:
+            for arena in self._arenas:
+                arena.drop()
             for writer in writers:
                 writer.close()
         outputs = tuple(
@@ -122,38 +138,58 @@ class _Stream:
             for number in range(len(self._outs))
         )
         bytes_written = (task.piece.stop - task.piece.start) * len(self._outs)
-        read_s = self._arena.read_s - read_s_before
+        bytes_read, read_s = self._read()
+        bytes_read, read_s = bytes_read - read_before, read_s - read_s_before
         waited = Waited(read_s, compute_s - read_s, write_s)
-        bytes_read = self._arena.bytes_read - read_before
-        return PieceResult(task.piece.number, outputs, bytes_read, bytes_written, waited, worker)
+        return PieceResult(task.piece.number, outputs, tuple(states), bytes_read, bytes_written, waited, worker)
+
+    def _loaded(self, task: PieceTask) -> Iterator[tuple[Chunk, Arena]]:
+        """The task's chunks, each with the arena that it is loaded into. With several arenas, those that follow are
+        loaded already when one is given out."""
+        loaded: deque[tuple[Chunk, Arena]] = deque()
+        for chunk, arena in zip(cut_chunks(task, self._config.chunk_bytes), cycle(self._arenas), strict=False):
+            arena.load(chunk, _names(task, chunk))
+            loaded.append((chunk, arena))
+            if len(loaded) == len(self._arenas):
+                yield loaded.popleft()
+        yield from loaded
+
+    def _read(self) -> tuple[int, float]:
+        """Bytes that were read so far, and the seconds that were waited for them."""
+        return sum(arena.bytes_read for arena in self._arenas), sum(arena.read_s for arena in self._arenas)
 
     def _compute(
-        self, task: PieceTask, chunk: Chunk, leaves: list[list[list[Leaf]]], hashers: Sequence[Sequence[blake3]]
+        self,
+        task: PieceTask,
+        chunk: Chunk,
+        arena: Arena,
+        leaves: list[list[list[Leaf]]],
+        hashers: Sequence[Sequence[blake3]],
     ) -> None:
         """Fill the output buffers; ``leaves`` by span and output, ``hashers`` by output and span, take it in."""
         self._outs[:, : len(chunk.literal)] = np.frombuffer(chunk.literal, np.uint8)
         for part in chunk.parts:
             for start, stop, found in self._computer.compute(
-                task.spans[part.span], part, self._arena, self._outs, chunk.start
+                task.spans[part.span], part, arena, self._outs, chunk.start
             ):
                 for number, leaf in enumerate(found):
                     leaves[part.span][number].append(leaf)
                 for out, of_spans in zip(self._outs, hashers, strict=True):
                     of_spans[part.span].update(out[start:stop].data)
 
-    def _write(self, task: PieceTask, writer: RangeWriter, out: Bytes, chunk: Chunk) -> None:
+    def _write(self, task: PieceTask, writer: ShardWriter, out: Bytes, chunk: Chunk) -> list[str]:
+        """Write a chunk; after the last one, the state of what was written."""
         try:
             writer.write(out[: chunk.stop - chunk.start].data, chunk.start)
-            if chunk.stop == task.piece.stop:
-                writer.flush()
+            return [writer.finish()] if chunk.stop == task.piece.stop else []
         except OSError as error:
             cause = f"cannot be written: {error.strerror or error}"
             raise PieceError(cause, writer.path, chunk.start, chunk.stop, _names(task, chunk)) from error
 
-    def _writer(self, task: PieceTask, folder: str) -> RangeWriter:
-        path = f"{folder}/{task.shard_name}"
+    def _writer(self, task: PieceTask, folder: str) -> ShardWriter:
+        path = join(folder, task.shard_name)
         try:
-            return RangeWriter(path)
+            return open_writer(folder, task.shard_name, task.piece.stop - task.piece.start)
         except OSError as error:
             cause = f"cannot be opened for writing: {error.strerror or error}"
             names = tuple(span.name for span in task.spans)

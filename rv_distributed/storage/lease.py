@@ -39,13 +39,7 @@ class Lease:
 
     def __init__(self, path: str, fd: int, subject: str) -> None:
         self._path, self._fd, self._subject = path, fd, subject
-        self._holder: dict[str, Any] = {
-            "kernel": _kernel(),
-            "token": secrets.token_hex(8),
-            "beat": 0,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
+        self._holder = new_holder()
         self._ended = threading.Event()
         self._one_at_a_time = threading.Lock()
         self.lost = False
@@ -60,10 +54,7 @@ class Lease:
             found = _read(self._path)
         if found.get("token") != self._holder["token"]:
             self.lost = True
-            raise RunError(
-                f"{self._subject}: another run ({_name(found)}) took the place over, as this one had shown no sign of "
-                "life. Nothing more is written here; the finished pieces are that run's."
-            )
+            raise taken_over(self._subject, found)
 
     def end(self) -> None:
         """Let go; leave the file to the next holder, if there is one already."""
@@ -122,7 +113,7 @@ def _lock(path: str, subject: str) -> int:
             os.close(fd)
         except BlockingIOError:
             os.close(fd)
-            raise _taken(subject, _read(path)) from None
+            raise taken(subject, _read(path)) from None
         except OSError as error:
             os.close(fd)
             raise OutputError(f"{path}: the file system has no locks: {error.strerror}. Choose another.") from error
@@ -131,9 +122,9 @@ def _lock(path: str, subject: str) -> int:
 def _outwait(path: str, subject: str) -> None:
     """Return when no process of another machine is writing here. Raises OutputError when one is."""
     found = _read(path)
-    if not found or found.get("kernel") == _kernel():
+    if not found or found.get("kernel") == kernel():
         return  # let go, or of a process that would still have the lock if it lived
-    _LOG.warning("%s was left locked by %s; waiting %.0f s for a sign of life", subject, _name(found), STILL_S)
+    warn_of_wait(subject, found)
     until = time.monotonic() + STILL_S
     while time.monotonic() < until:
         time.sleep(_LOOK_S)
@@ -141,10 +132,32 @@ def _outwait(path: str, subject: str) -> None:
         if not now:
             return
         if now != found:
-            raise _taken(subject, now)
+            raise taken(subject, now)
 
 
-def _taken(subject: str, holder: dict[str, Any]) -> OutputError:
+def new_holder() -> dict[str, Any]:
+    """What a lease says of this process."""
+    return {
+        "kernel": kernel(),
+        "token": secrets.token_hex(8),
+        "beat": 0,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+
+
+def warn_of_wait(subject: str, holder: dict[str, Any]) -> None:
+    _LOG.warning("%s was left locked by %s; waiting %.0f s for a sign of life", subject, _name(holder), STILL_S)
+
+
+def taken_over(subject: str, holder: dict[str, Any]) -> RunError:
+    return RunError(
+        f"{subject}: another run ({_name(holder)}) took the place over, as this one had shown no sign of "
+        "life. Nothing more is written here; the finished pieces are that run's."
+    )
+
+
+def taken(subject: str, holder: dict[str, Any]) -> OutputError:
     return OutputError(f"{subject}: another run is writing it ({_name(holder)}). Wait for it, or end it first.")
 
 
@@ -166,7 +179,7 @@ def _read(path: str) -> dict[str, Any]:
     return document if isinstance(document, dict) else {"unread": text.decode(errors="replace")}
 
 
-def _kernel() -> str:
+def kernel() -> str:
     """What tells this running system from all others, containers on one kernel not from each other."""
     with suppress(OSError):
         return _BOOT_ID.read_text().strip()

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.uris import is_remote, within
 from rv_distributed.errors import OutputError, Problem, UsageError
+from rv_distributed.storage.object_places import object_place_problem
 
 
 def staging_folder(out: str) -> str:
@@ -25,10 +27,18 @@ def place_problems(outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwri
     an input, or lies where nothing can be written. Raises UsageError when outputs lie in each other."""
     places = sorted(outs)
     for out, other in combinations(places, 2):
-        if os.path.commonpath([out, other]) == out:
+        if is_remote(out) == is_remote(other) and (
+            within(other, out) if is_remote(out) else os.path.commonpath([out, other]) == out
+        ):
             raise UsageError(f"--out: {other} lies in {out}; give each alpha a folder beside the others")
     inputs = list(inputs)
-    found = (_place_problem(out, inputs, overwrite) for out in places)
+    local_inputs = [checkpoint for checkpoint in inputs if not is_remote(checkpoint.uri)]
+    found = (
+        object_place_problem(out, [checkpoint.uri for checkpoint in inputs], overwrite=overwrite)
+        if is_remote(out)
+        else _place_problem(out, local_inputs, overwrite)
+        for out in places
+    )
     return [problem for problem in found if problem is not None]
 
 

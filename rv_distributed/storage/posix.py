@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from stat import S_ISREG
 from typing import Final
@@ -15,7 +15,6 @@ from rv_distributed.errors import InputError, Problem
 _SNAPSHOT: Final = re.compile(r"(?P<repository>(?P<cache>.*)/models--[^/]+)/snapshots/[^/]+/")
 #: What huggingface_hub puts into the folder of the blobs that the repositories of a cache share.
 _SHARED_BLOBS_MARKER: Final = ".huggingface-shared-blobs"
-_COMPARED_BYTES: Final = 8 << 20
 
 
 class PosixFolder:
@@ -82,12 +81,10 @@ class PosixFolder:
                 left -= len(chunk)
             return b"".join(chunks)
 
-    def state(self, name: str) -> str | None:
-        """The present state of a file, as `files` reports it; None when it is gone."""
-        try:
-            return state_of(os.stat(self.path(name)))
-        except OSError:
-            return None
+    def states(self, names: Iterable[str]) -> dict[str, str]:
+        """The present state of these files, as `files` reports it, without those that are gone."""
+        stats = ((name, _stat(self.path(name))) for name in names)
+        return {name: state_of(stat) for name, stat in stats if stat is not None}
 
     def path(self, name: str) -> str:
         return os.path.join(self.uri, name)
@@ -107,21 +104,6 @@ def _stat(path: str) -> os.stat_result | None:
         return os.stat(path)
     except OSError:
         return None
-
-
-def same_bytes(path: str, other: str) -> bool:
-    """Whether two files hold the same bytes; read up to the first difference. Raises OSError."""
-    if os.path.samefile(path, other):
-        return True
-    with open(path, "rb") as one, open(other, "rb") as two:
-        if os.fstat(one.fileno()).st_size != os.fstat(two.fileno()).st_size:
-            return False
-        while True:
-            chunk = one.read(_COMPARED_BYTES)
-            if chunk != two.read(_COMPARED_BYTES):
-                return False
-            if not chunk:
-                return True
 
 
 def state_of(stat: os.stat_result) -> str:

@@ -24,7 +24,9 @@ _RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
 
 
 class RangeReader:
-    """Reads ranges of one file."""
+    """As `Reader`, of one file."""
+
+    is_remote: Final = False
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -77,7 +79,7 @@ class RangeReader:
 
 
 class RangeWriter:
-    """Writes ranges of one existing file of full size."""
+    """As `ShardWriter`: ranges of one existing file of full size, in any order."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -95,7 +97,7 @@ class RangeWriter:
             _write_fully(self._fd, window[aligned:], offset + aligned)
             self._unsynced = True
 
-    def flush(self) -> None:
+    def finish(self) -> str:
         """Return once what went through the cache is on the device. What went around it is there already, but
         for the device's own cache and the file's metadata, which a final fsync of the file covers."""
         if self._unsynced:
@@ -103,6 +105,7 @@ class RangeWriter:
             if self._direct_fd is None and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self._unsynced = False
+        return ""
 
     def close(self) -> None:
         os.close(self._fd)

@@ -20,7 +20,7 @@ from rv_distributed.errors import Finding, InputError, Problem, UsageError, Veri
 from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import Piece, Plan, PlanOptions, make_plan, task_of
 from rv_distributed.recipe import Recipe
-from rv_distributed.storage import PosixFolder
+from rv_distributed.storage import Folder
 from rv_distributed.verification.output import VerifyProgress, open_output
 
 #: Smaller than those of a run, so that a sample is spread over more places.
@@ -66,7 +66,7 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
     return Recomputed(manifest, len(pieces), len(plan.pieces), sum(piece.stop - piece.start for piece in pieces))
 
 
-def _recipe_of(folder: PosixFolder, manifest: Manifest) -> tuple[Recipe, PlanOptions]:
+def _recipe_of(folder: Folder, manifest: Manifest) -> tuple[Recipe, PlanOptions]:
     """What an output was made by, from the recipe beside it. Raises VerifyError when that is not what was written."""
     # pydantic is imported for it.
     from rv_distributed.recipe_files.reading import load_recipe

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Final
 
 from blake3 import blake3
@@ -21,22 +22,25 @@ from rv_distributed.checkpoint.manifest import (
     manifest_from,
 )
 from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of, read_table, shard_digest
+from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import Finding, InputError, Problem, VerifyError
 from rv_distributed.runtime.select import usable_cpus
-from rv_distributed.storage import PosixFolder, open_folder
+from rv_distributed.storage import Folder, open_folder, open_reader
+from rv_distributed.storage.ranges import ALIGNMENT
 
 _READ_BYTES: Final = 8 << 20
+_REMOTE_READS: Final = 16
 
 VerifyProgress = Callable[[int, int], None]
 """Called with the bytes checked so far and the bytes in all."""
 
 
-def verify(uri: str, *, progress: VerifyProgress | None = None) -> Manifest:
+def verify(uri: str, *, quick: bool = False, progress: VerifyProgress | None = None) -> Manifest:
     """Read an output again and compare digests, sizes, headers, index and manifest.
 
-    Returns the manifest when all is as it says. Raises VerifyError with every difference: flipped bytes
-    with their tensor and the smallest range known, missing, added or renamed files; InputError when the
-    folder holds no manifest of ours.
+    With ``quick``, all of it but the tensors' bytes. Returns the manifest when all is as it says. Raises VerifyError
+    with every difference: flipped bytes with their tensor and the smallest range known, missing, added or renamed
+    files; InputError when the folder holds no manifest of ours.
     """
     folder, manifest, findings = open_output(uri)
     sizes = {file.name: file.size for file in folder.files()}
@@ -66,13 +70,13 @@ def verify(uri: str, *, progress: VerifyProgress | None = None) -> Manifest:
         findings.append(Finding(TABLE_FILE, "names shards that are not in the manifest"))
     findings += _check_index(folder, manifest, rows) if INDEX_FILE in whole else []
     shards = [shard for shard in manifest.shards if shard.name in whole]
-    findings += _check_shards(folder, shards, rows, progress)
+    findings += _check_shards(folder, shards, rows, progress, hashed=not quick)
     if findings:
         raise VerifyError(folder.uri, findings)
     return manifest
 
 
-def open_output(uri: str) -> tuple[PosixFolder, Manifest, list[Finding]]:
+def open_output(uri: str) -> tuple[Folder, Manifest, list[Finding]]:
     """The folder of an output, its manifest, and what is found when that was changed but can still be read.
 
     Raises as `verify`.
@@ -92,7 +96,7 @@ def open_output(uri: str) -> tuple[PosixFolder, Manifest, list[Finding]]:
     return folder, manifest, []
 
 
-def _check_index(folder: PosixFolder, manifest: Manifest, rows: list[TensorRow]) -> list[Finding]:
+def _check_index(folder: Folder, manifest: Manifest, rows: list[TensorRow]) -> list[Finding]:
     try:
         weight_map = parse_index(folder.read(INDEX_FILE))
     except IndexFormatError as error:
@@ -103,7 +107,12 @@ def _check_index(folder: PosixFolder, manifest: Manifest, rows: list[TensorRow])
 
 
 def _check_shards(
-    folder: PosixFolder, shards: list[ShardEntry], rows: list[TensorRow], progress: VerifyProgress | None
+    folder: Folder,
+    shards: list[ShardEntry],
+    rows: list[TensorRow],
+    progress: VerifyProgress | None,
+    *,
+    hashed: bool,
 ) -> list[Finding]:
     by_shard: dict[str, list[TensorRow]] = {shard.name: [] for shard in shards}
     for row in rows:
@@ -114,9 +123,9 @@ def _check_shards(
     for shard in shards:
         found = _check_layout(folder, shard, by_shard[shard.name])
         findings += found
-        jobs += [] if found else [(row, part) for row in by_shard[shard.name] for part in row.parts]
+        jobs += [] if found or not hashed else [(row, part) for row in by_shard[shard.name] for part in row.parts]
     total, done = sum(part.stop - part.start for _, part in jobs), 0
-    with ThreadPoolExecutor(2 * usable_cpus()) as pool:
+    with ThreadPoolExecutor(_REMOTE_READS if is_remote(folder.uri) else 2 * usable_cpus()) as pool:
         digests = pool.map(lambda job: _hash(folder.path(job[0].shard), job[1].start, job[1].stop), jobs)
         for (row, part), digest in zip(jobs, digests, strict=True):
             if digest != part.digest:
@@ -127,7 +136,7 @@ def _check_shards(
     return findings
 
 
-def _check_layout(folder: PosixFolder, shard: ShardEntry, rows: list[TensorRow]) -> list[Finding]:
+def _check_layout(folder: Folder, shard: ShardEntry, rows: list[TensorRow]) -> list[Finding]:
     """Compare a shard's header with the table, and both with the digest in the manifest."""
     # By the table, which is as it was written: the length in the header itself may be what was changed.
     stop = min((row.start for row in rows), default=shard.bytes)
@@ -156,15 +165,12 @@ def _check_layout(folder: PosixFolder, shard: ShardEntry, rows: list[TensorRow])
 
 def _hash(path: str, start: int, stop: int) -> str:
     digest = blake3()
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        buffer = memoryview(bytearray(min(_READ_BYTES, stop - start)))
+    buffer = memoryview(mmap.mmap(-1, min(_READ_BYTES, stop - start) + 2 * ALIGNMENT))
+    with closing(open_reader(path)) as reader:
         while start < stop:
-            count = os.preadv(fd, [buffer[: stop - start]], start)
-            if count == 0:
-                break
-            digest.update(buffer[:count])
+            count = min(_READ_BYTES, stop - start)
+            at = start % ALIGNMENT
+            reader.read(buffer, at, start, count)
+            digest.update(buffer[at : at + count])
             start += count
-    finally:
-        os.close(fd)
     return digest.hexdigest()

@@ -144,7 +144,7 @@ def _copy_parts(parts: Iterator[_Part], sources: int, chunk_bytes: int) -> None:
                 for reader, buffer in zip(readers, buffers, strict=True):
                     reader.read(buffer, 0, start, nbytes)
                 writer.write(buffers[0][:nbytes], start)
-            writer.flush()
+            writer.finish()
 
 
 class _NoDigest:

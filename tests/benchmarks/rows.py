@@ -18,6 +18,7 @@ import shapes
 from data import Triple
 from measure import CacheState, median, ratios
 from suite import Bench, Figure, Goal
+from wire import measure_wire
 
 from rv_distributed.job import prepare
 from rv_distributed.plan import PlanOptions
@@ -64,6 +65,7 @@ def rows_of(bench: Bench) -> Iterator[Row]:
     yield Row("scheduling", (size.pieces, shapes.pieces(1)), partial(_scheduling, bench))
     yield Row("scaling", (size.slow,), partial(_scaling, bench))
     yield Row("large", (size.plan,), partial(_large, bench))
+    yield Row("wire", model, partial(measure_wire, bench, size.model, _rv()[0]))
     yield Row("help", (), partial(_help, bench))
 
 

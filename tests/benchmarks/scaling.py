@@ -35,7 +35,7 @@ from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.reduce import Reducer
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.runtime.select import RunOptions
-from rv_distributed.staging import Staging
+from rv_distributed.staging import Record, open_staging
 from rv_distributed.watching import Progress
 
 TESTS: Final = Path(__file__).parent.parent
@@ -109,13 +109,13 @@ def large(out: Path, sources: Sequence[Path]) -> dict[str, Any]:
     for piece in plan.pieces:
         task_of(plan, piece)
     lap("tasks_s")
-    staging = Staging(str(out), identity_of(plan, 0), overwrite=True, restart=True)
+    staging = open_staging(str(out), identity_of(plan, 0), overwrite=True, restart=True)
     reducer = Reducer(plan, 0, staging)
     lap("claim_s")
     for piece in plan.pieces:
         spans = _results(plan, piece.number)
         reducer.add(piece.number, spans)
-        staging.record(piece.number, spans)
+        staging.record(Record(piece.number, spans, ""), plan.shards[piece.shard].name)
     lap("records_s")
     rows, _ = reducer._results
     write_table(rows)

@@ -22,6 +22,7 @@ WRITING = {
     "memory-toy",
     "memory-one-tensor-8388608",
     "scheduling",
+    "wire",
 }
 
 

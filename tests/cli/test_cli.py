@@ -44,7 +44,7 @@ def test_version_is_printed_without_a_command() -> None:
 
 def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
     commands = {"extract", "apply", "transfer", "run", "recipe", "inspect", "diff", "verify", "report", "bench"}
-    commands |= {"demo", "version", "submit"}
+    commands |= {"push", "demo", "version", "submit"}
     listed = rv("--help")
     assert listed.returncode == 0
     assert all(command in listed.stdout for command in commands)
@@ -176,6 +176,13 @@ def test_bad_arguments_exit_with_2_and_say_why(models: Path, tmp_path: Path, mor
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_uri_with_options_may_have_an_alpha(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["apply", "--target", models / "target", "--out", tmp_path / "out"]
+    vectors = ["--vector", "s3:///v?anonymous=1", "--vector", "s3:///w?region=x=0.5"]
+    assert "s3:///v?anonymous=1 names no bucket" in rv(*args, *vectors[:2]).stderr
+    assert "s3:///w?region=x names no bucket" in rv(*args, *vectors[2:]).stderr
+
+
 def test_an_existing_output_is_refused_then_overwritten(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert rv(*transfer_of(models, out, "--alpha", "0.5")).returncode == 0
@@ -230,13 +237,13 @@ def test_the_demo_ends_with_the_same_bytes_both_ways(tmp_path: Path) -> None:
 FAILING = """
 import errno, sys
 import rv_distributed.verification as verification
-from rv_distributed.staging import Staging
+from rv_distributed.staging.posix import PosixStaging
 
 def fail(*_, **__):
     raise OSError(errno.EIO, "Input/output error", "/models/shard")
 
 verification.verify = fail
-Staging.finished = fail
+PosixStaging.finished = fail
 from rv_distributed.cli import main
 main()
 """

@@ -278,6 +278,15 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_models_are_loaded_from_local_folders_and_results_go_to_one(place: Path, tmp_path: Path) -> None:
+    done = rv_eval(place, tmp_path / "out", "--tasks", "tiny_text", "--target", "s3://lab/target")
+    assert done.status == 2
+    assert "--target: s3://lab/target is no local folder" in done.stderr
+    done = rv_eval(place, tmp_path / "out", "--tasks", "tiny_text", "--out", "gs://lab/out")
+    assert done.status == 2
+    assert "--out: gs://lab/out is no local folder" in done.stderr
+
+
 def test_a_folder_of_something_else_is_left_alone(place: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     done = rv_eval(place, tmp_path, "--tasks", "tiny_text")

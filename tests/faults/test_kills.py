@@ -25,7 +25,7 @@ NO_EXCHANGE = Fault("exchange", "/", "1+", "EINVAL")
 def records_of(out: Path) -> int:
     """How many pieces the staging place of ``out`` has a whole record of."""
     journal = staged(out) / "records.jsonl"
-    return sum(line.endswith("]]]") for line in journal.read_text().splitlines()) if journal.exists() else 0
+    return sum(line.endswith(', ""]') for line in journal.read_text().splitlines()) if journal.exists() else 0
 
 
 def check_place(world: World, out: Path, older: dict[str, bytes] | None, *, exchanges: bool = True) -> None:

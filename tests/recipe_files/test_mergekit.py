@@ -263,13 +263,15 @@ def test_all_that_is_not_supported_is_named_at_once(tmp_path: Path) -> None:
 def test_models_on_the_hub_and_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "local").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    names = ["org/local", "org/remote", "org/remote@abc", "org/local+org/lora", "./org/none", "/abs/x"]
+    names = ["org/local", "org/remote", "org/remote@abc", "org/remote@a/b"]
+    names += ["org/local+org/lora", "./org/none", "/abs/x"]
     models = [model(name, weight=1) for name in names]
     recipe = load_recipe(write_file(tmp_path, {"merge_method": "linear", "models": models}, "F32")).recipe
     assert [vector.plus for vector in recipe.vectors] == [
         str(tmp_path / "org/local"),
         "hf://org/remote",
         "hf://org/remote@abc",
+        "hf://org/remote@a%2Fb",
         f"{tmp_path / 'org/local'}+hf://org/lora",
         str(tmp_path / "org/none"),
         "/abs/x",

@@ -15,6 +15,7 @@ from rv_distributed.errors import InputError, UsageError
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import ByTensor, Choice, Recipe, Vector
 from rv_distributed.recipe_files.fields import RecipeFields, recipe_schema
+from rv_distributed.recipe_files.loaded import resolve
 from rv_distributed.recipe_files.reading import load_recipe
 from rv_distributed.recipe_files.writing import recipe_text
 
@@ -60,6 +61,7 @@ def problems_of(tmp_path: Path, text: str) -> list[tuple[int, str]]:
 
 
 def test_every_field_is_read(tmp_path: Path) -> None:
+    (tmp_path / "models/t").mkdir(parents=True)
     loaded = load_recipe(write(tmp_path, FULL))
     recipe, options = loaded.recipe, loaded.plan_options
     assert (recipe.operation, recipe.target) == ("apply", str(tmp_path / "models/t"))
@@ -172,6 +174,24 @@ def test_names_with_an_adapter_are_resolved_part_by_part(tmp_path: Path) -> None
     ).recipe
     assert recipe.target == f"{tmp_path}/base+{tmp_path}/lora"
     assert recipe.vectors == (Vector(f"{tmp_path}/a+b", "hf://o/m+/lora"),)
+
+
+def test_models_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "here/a").mkdir(parents=True)
+    text = "target: here/a\nvectors: [{donor: org/a+org/b, reference: org/a@pr-1}, {vector: ./org/a}]"
+    recipe = load_recipe(write(tmp_path, text)).recipe
+    assert recipe.target == f"{tmp_path}/here/a"
+    assert recipe.vectors == (Vector("hf://org/a+hf://org/b", "hf://org/a@pr-1"), Vector(f"{tmp_path}/org/a"))
+
+
+def test_names_in_a_recipe_that_lies_in_a_store() -> None:
+    folder = "s3://lab/recipes?region=x"
+    assert resolve("models/a", folder) == "s3://lab/recipes/models/a?region=x"
+    assert [resolve(name, folder) for name in ("/models/a", "gs://lab/a", "a+/b")] == [
+        "/models/a",
+        "gs://lab/a",
+        "s3://lab/recipes/a?region=x+/b",
+    ]
 
 
 RECIPES = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from rv_distributed.errors import PieceError
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.chunks import Chunk, Read
+from rv_distributed.storage.objects import REQUEST_BYTES, ObjectReader
 from rv_distributed.storage.ranges import ALIGNMENT, RangeReader
 
 NBYTES = 3 << 20
@@ -28,7 +31,7 @@ def chunk_of(path: Path) -> Chunk:
 
 def arena_for(path: Path) -> tuple[Arena, int, threading.Semaphore]:
     processor = threading.Semaphore(1)
-    arena = Arena(4096, pinned=False, processor=processor)
+    arena = Arena(4096, pinned=False, processor=processor, fetching=ThreadPoolExecutor(1))
     arena.load(chunk_of(path), ("w",))
     return arena, chunk_of(path).reads[0].at, processor
 
@@ -104,3 +107,94 @@ def test_a_source_that_ends_too_early_is_named_and_the_processor_stays_with_its_
         with pytest.raises(PieceError, match=r"bytes 1000 to 3145728 \(tensor 'w'\): cannot be read: the file ends"):
             arena.need(at, NBYTES - OFFSET)
         assert not processor.acquire(blocking=False)
+
+
+class Network:
+    """A source over a network whose answers come when the test lets them."""
+
+    def __init__(self) -> None:
+        self.answer, self.asked = threading.Event(), threading.Semaphore(0)
+        self.ranges: list[tuple[int, int]] = []
+        self.error: OSError | None = None
+
+    def fetch(self, key: str, start: int, stop: int | None, take: Callable[[memoryview], None]) -> None:
+        assert key
+        assert stop is not None
+        self.ranges.append((start, stop))
+        self.asked.release()
+        assert self.answer.wait(60)
+        if self.error is not None:
+            raise self.error
+        take(memoryview(bytes(range(start % 200, start % 200 + 1)) * (stop - start)))
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    network = Network()
+    monkeypatch.setattr("rv_distributed.runtime.arena.open_reader", lambda path: ObjectReader(network, path, path))
+    return network
+
+
+def remote_arena() -> tuple[Arena, threading.Semaphore]:
+    processor = threading.Semaphore(1)
+    return Arena(4096, pinned=False, processor=processor, fetching=ThreadPoolExecutor(8)), processor
+
+
+def test_all_that_a_chunk_needs_of_a_network_is_asked_for_at_once(network: Network) -> None:
+    arena, processor = remote_arena()
+    large = 2 * REQUEST_BYTES + 10
+    arena.load(Chunk(0, 1, b"", (Read("a", 7, 100, 0), Read("b", 5, large, 4096)), (), 4096 + large), ("w",))
+    for _ in range(4):
+        assert network.asked.acquire(timeout=60), "it is asked for before it is needed"
+    assert sorted(network.ranges) == [
+        (5, 5 + REQUEST_BYTES),
+        (7, 107),
+        (5 + REQUEST_BYTES, 5 + 2 * REQUEST_BYTES),
+        (5 + 2 * REQUEST_BYTES, 5 + large),
+    ]
+    network.answer.set()
+    with processor:
+        arena.need(0, 100)
+        assert arena.array[:100].tobytes() == bytes([7]) * 100
+        arena.need(4096 + 5, 10)
+        arena.need(4096 + large - 1, 1)
+    assert arena.bytes_read == 100 + large
+
+
+def test_while_a_network_is_waited_for_another_stream_has_the_processor(network: Network) -> None:
+    arena, processor = remote_arena()
+    arena.load(Chunk(0, 1, b"", (Read("a", 0, 100, 0),), (), 100), ("w",))
+    came = threading.Event()
+
+    def other() -> None:
+        with processor:
+            came.set()
+            network.answer.set()
+
+    with processor:
+        thread = threading.Thread(target=other)
+        thread.start()
+        arena.need(0, 1)
+    thread.join()
+    assert came.is_set()
+
+
+def test_an_error_of_a_network_names_file_range_and_tensor(network: Network) -> None:
+    arena, processor = remote_arena()
+    network.error = PermissionError(13, "access denied", "s3://b/a")
+    network.answer.set()
+    arena.load(Chunk(0, 1, b"", (Read("s3://b/a", 3, 100, 0),), (), 100), ("w",))
+    with processor, pytest.raises(PieceError, match=r"s3://b/a, bytes 3 to 103 \(tensor 'w'\): .* access denied"):
+        arena.need(0, 1)
+
+
+def test_nothing_is_written_to_memory_that_was_dropped(network: Network) -> None:
+    arena, _ = remote_arena()
+    arena.load(Chunk(0, 1, b"", (Read("a", 7, 100, 0),), (), 100), ("w",))
+    assert network.asked.acquire(timeout=60)
+    dropping = threading.Thread(target=arena.drop)
+    dropping.start()
+    assert dropping.is_alive()
+    network.answer.set()
+    dropping.join(60)
+    assert not dropping.is_alive()

@@ -98,9 +98,9 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
     job = rv.prepare(recipe, [str(folder / "out")], SMALL, rv.RunOptions(runtime="ray"))
     for shard in job.plan.shards:
         preallocate(str(folder / shard.name), shard.size)
-    streams, chunk_bytes, _ = job.sizing
-    arithmetic = job.plan.arithmetic
-    config = WorkerConfig((str(folder),), (0,), False, "auto", streams, 1, chunk_bytes, job.plan.stats, arithmetic)
+    streams, chunk_bytes, arenas, _ = job.sizing
+    buffers = streams, 1, chunk_bytes, arenas
+    config = WorkerConfig((str(folder),), (0,), False, "auto", *buffers, job.plan.stats, job.plan.arithmetic)
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 

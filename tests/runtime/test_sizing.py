@@ -8,10 +8,17 @@ from hypothesis import strategies as st
 from reference import described
 
 from rv_distributed.errors import UsageError
-from rv_distributed.plan import Plan, PlanOptions, make_plan
+from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.runtime.model import BLOCK_BYTES
-from rv_distributed.runtime.sizing import CHUNK_BYTES, DEFAULT_BUDGET_BYTES, bytes_to_read, size_buffers
+from rv_distributed.runtime.sizing import (
+    CHUNK_BYTES,
+    DEFAULT_BUDGET_BYTES,
+    REMOTE_CHUNK_BYTES,
+    bytes_to_read,
+    size_buffers,
+)
+from rv_distributed.storage.objects import WRITER_BYTES
 
 MIB = 1 << 20
 
@@ -23,9 +30,10 @@ def plan_of(
     reference: str = "BF16",
     outputs: int = 1,
     options: PlanOptions | None = None,
+    target: str = "/t",
 ) -> Plan:
     opened = {
-        "t": described("/t", {"x": ("BF16", (elements,)), "ids": ("I64", (2,))}),
+        "t": described(target, {"x": ("BF16", (elements,)), "ids": ("I64", (2,))}),
         "a": described("/a", {"x": (donor, (elements,))}),
         "b": described("/b", {"x": (reference, (elements,))}),
     }
@@ -110,6 +118,35 @@ def test_float64_s_scratch_and_temporaries_count_as_buffers() -> None:
     wide = least_bytes(plan_of(10**9, options=PlanOptions(compute_dtype="float64")))
     # As many elements as a block of a 16-bit dtype has, of 8 bytes, six of them; and torch's temporaries.
     assert wide - default == 6 * 8 * (BLOCK_BYTES // 2) + 10 * BLOCK_BYTES
+
+
+WHOLE = PlanOptions(piece_bytes=WHOLE_SHARDS, max_shard_bytes=4 * 10**8)
+
+
+def test_sources_over_a_network_get_large_chunks_and_the_next_one_is_fetched_meanwhile() -> None:
+    plan = plan_of(10**9, options=WHOLE, target="s3://bucket/t")
+    plenty = size_buffers(plan, streams=16, budget_bytes=1 << 40)
+    assert (plenty.streams, plenty.chunk_bytes, plenty.arenas) == (2, REMOTE_CHUNK_BYTES, 2)
+    assert plenty.buffer_bytes >= 2 * REMOTE_CHUNK_BYTES * (2 * 3 + 1)
+
+
+@pytest.mark.parametrize("remote_outputs", [0, 2])
+@pytest.mark.parametrize("target", ["/t", "s3://bucket/t"])
+@pytest.mark.parametrize("budget", [64 * MIB, 256 * MIB, 512 * MIB, 4096 * MIB])
+def test_buffers_for_stores_stay_within_the_budget(target: str, remote_outputs: int, budget: int) -> None:
+    """With the parts of shards that are on their way into stores."""
+    plan = plan_of(10**10, outputs=2, options=WHOLE, target=target)
+    try:
+        sizing = size_buffers(plan, streams=16, budget_bytes=budget, remote_outputs=remote_outputs)
+    except UsageError:
+        assert budget == 64 * MIB
+        assert remote_outputs
+        return
+    assert sizing.buffer_bytes <= budget
+    arenas = 2 if target.startswith("s3") else 1
+    assert sizing.arenas == arenas
+    held = sizing.chunk_bytes * (3 * arenas + 2) + WRITER_BYTES * remote_outputs
+    assert sizing.buffer_bytes >= sizing.streams * held
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from rv_distributed.storage.places import staging_folder
 RV = [sys.executable, "-c", "from rv_distributed.cli import main; main()"]
 #: ``rv`` that stops when everything is staged and nothing is published.
 STAGED = """
-from rv_distributed.staging import Staging
+from rv_distributed.staging.posix import PosixStaging
 
 def stop(self, manifest):
     raise OSError("stopped here")
 
-Staging.publish = stop
+PosixStaging.publish = stop
 from rv_distributed.cli import main
 main()
 """

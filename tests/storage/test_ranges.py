@@ -182,7 +182,7 @@ def test_a_write_changes_its_range_and_no_other_byte(source: Path, offset: int, 
     buffer[:nbytes] = new
     with closing(RangeWriter(str(source))) as writer:
         writer.write(buffer[:nbytes], offset)
-        writer.flush()
+        writer.finish()
     expected = CONTENT[:offset] + new + CONTENT[offset + nbytes :]
     assert source.read_bytes() == expected
     drop_cache(source)
@@ -199,7 +199,7 @@ def test_pieces_written_in_any_order_by_several_writers_make_the_file(tmp_path: 
         with closing(RangeWriter(str(path))) as writer:
             buffer[: stop - start] = CONTENT[start:stop]
             writer.write(buffer[: stop - start], start)
-            writer.flush()
+            writer.finish()
     assert path.read_bytes() == CONTENT
 
 

@@ -13,16 +13,24 @@ import secrets
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from blake3 import blake3
 
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_from
 from rv_distributed.errors import OutputError
 from rv_distributed.identity import identity_digest
-from rv_distributed.measures import Measures
 from rv_distributed.plan import Piece, Plan, task_of
 from rv_distributed.runtime.model import SpanResult
+from rv_distributed.staging.records import (
+    Held,
+    Record,
+    check_same,
+    pack_held,
+    pack_record,
+    unpack_held,
+    unpack_record,
+)
 from rv_distributed.storage.lease import leased
 from rv_distributed.storage.places import staging_folder
 from rv_distributed.storage.publish import (
@@ -44,18 +52,8 @@ _READ_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 4
 
 
-class _Held(NamedTuple):
-    """What ``plan.json`` says: what is being made, and where."""
-
-    folder: str
-    """Name of the folder that becomes the output."""
-    identity: Any
-    manifest: str | None = None
-    """Digest of the manifest, once the output is complete and about to be published."""
-
-
-class Staging:
-    """The staging place of one output, held by this process."""
+class PosixStaging:
+    """As `Staging`, on a file system."""
 
     def __init__(self, out: str, identity: Mapping[str, Any], *, overwrite: bool, restart: bool) -> None:
         """Take the place for the plan that ``identity`` describes.
@@ -92,7 +90,7 @@ class Staging:
             self._journal.write("\n")
             self._closing = stack.pop_all()
 
-    def _claim(self, restart: bool) -> _Held:
+    def _claim(self, restart: bool) -> Held:
         """What the place holds from now on: the unfinished run's folder, or a new one.
 
         Each new one has a name of its own: a worker of an earlier run that was cut off and comes back can never
@@ -105,24 +103,18 @@ class Staging:
             and os.path.isdir(os.path.join(self.work, held.folder))
             and not _is_published(self.out, held)
         ):
-            if held.identity != json.loads(json.dumps(self.identity)):
-                difference = _difference(held.identity, self.identity)
-                raise OutputError(
-                    f"{self.out}: an unfinished run was begun with other inputs, options or versions ({difference}). "
-                    "Run that command again to finish it, or give --restart to throw its pieces away."
-                )
+            check_same(self.out, held, self.identity)
             return held
         _empty(self.work)
-        held = _Held(f"output-{secrets.token_hex(6)}", self.identity)
+        held = Held(f"output-{secrets.token_hex(6)}", self.identity)
         self._note(held)
         return held
 
-    def _note(self, held: _Held) -> None:
-        document = {"check": _check(json.dumps(held)), **held._asdict()}
-        write_durably(os.path.join(self.work, _PLAN), json.dumps(document, indent=2).encode())
+    def _note(self, held: Held) -> None:
+        write_durably(os.path.join(self.work, _PLAN), pack_held(held))
 
-    def preallocate(self, plan: Plan) -> None:
-        """Reserve the space of every shard. Raises OutputError when it is not there."""
+    def prepare(self, plan: Plan) -> None:
+        """Reserve the space of every shard."""
         for shard in plan.shards:
             path = os.path.join(self.folder, shard.name)
             try:
@@ -131,8 +123,7 @@ class Staging:
                 raise OutputError(f"{path}: {shard.size} bytes cannot be reserved: {error.strerror}.") from error
 
     def finished(self, plan: Plan) -> dict[int, tuple[SpanResult, ...]]:
-        """The pieces that an earlier run finished, by number: those whose record is whole and whose bytes
-        have the digests that it states."""
+        """Pieces whose record is whole and whose bytes have the digests that it states."""
         records = dict(self._records())
         pieces = [plan.pieces[number] for number in records if number < len(plan.pieces)]
 
@@ -152,17 +143,9 @@ class Staging:
     def _records(self) -> Iterator[tuple[int, tuple[SpanResult, ...]]]:
         with open(self._journal_path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                check, _, text = line.rstrip("\n").partition(" ")
-                if check != _check(text):
-                    continue  # torn by a crash while it was written
-                number, spans = json.loads(text)
-                yield (
-                    number,
-                    tuple(
-                        SpanResult(tensor, digest, Measures._make([*numbers, tuple(ulps)]))
-                        for tensor, digest, (*numbers, ulps) in spans
-                    ),
-                )
+                record = unpack_record(line)
+                if record is not None:
+                    yield record.piece, record.spans
 
     def _holds(self, plan: Plan, piece: Piece, spans: tuple[SpanResult, ...]) -> bool:
         task = task_of(plan, piece)
@@ -181,22 +164,29 @@ class Staging:
                     return False
         return True
 
-    def record(self, piece: int, spans: tuple[SpanResult, ...]) -> None:
-        """Note that a piece is finished. Raises RunError when another run has taken the place over."""
+    def record(self, record: Record, shard: str) -> None:  # noqa: ARG002 - the piece's number tells
         if self._lease.lost:
             self._lease.check()
-        text = json.dumps([piece, spans])
         with naming(self._journal_path):
-            self._journal.write(f"{_check(text)} {text}\n")
+            self._journal.write(f"{pack_record(record)}\n")
             self._journal.flush()
 
-    def publish(self, manifest: str) -> None:
-        """Flush everything in the staging folder and make it the output, by one rename.
+    def write(self, name: str, data: bytes) -> None:
+        path = os.path.join(self.folder, name)
+        make_folder(os.path.dirname(path))
+        with naming(path), open(path, "wb", opener=create) as file:
+            file.write(data)
 
-        ``manifest`` is the digest of its manifest, by which a run that is stopped here is known to have published.
-        Raises OutputError when something else has come into the output's place, RunError when another run has taken
-        over this one, and OSError.
-        """
+    def show(self, name: str, data: bytes) -> None:
+        path = os.path.join(self.work, name)
+        with suppress(OSError):
+            with open(path + ".new", "wb", opener=create) as file:
+                file.write(data)
+            os.replace(path + ".new", path)
+
+    def publish(self, manifest: bytes) -> None:
+        """Flush everything in the staging folder and make it the output, by one rename."""
+        self.write(MANIFEST_FILE, manifest)
         for folder, _, names in os.walk(self.folder, topdown=False):
             for name in names:
                 sync(os.path.join(folder, name))
@@ -207,20 +197,16 @@ class Staging:
                 "move it away, and run again."
             )
         self._lease.check()
-        self._note(self._held._replace(manifest=manifest))
+        # By which a run that is stopped here is known to have published.
+        self._note(self._held._replace(manifest=blake3(manifest).hexdigest()))
         publish(self.folder, self.out, replaced=os.path.join(self.work, _REPLACED))
 
     def close(self) -> None:
-        """Let go of the place; what is in it stays for the next run."""
         self._closing.close()
 
 
-def published(out: str, identity: Mapping[str, Any], *, overwrite: bool) -> Manifest | None:
-    """The manifest of ``out``, when the run that ``identity`` describes has made it and all its files are there.
-
-    With ``overwrite`` only as long as that run has not cleaned up: then it was stopped right after it published, and
-    what it replaced is what was to be overwritten.
-    """
+def published_folder(out: str, identity: Mapping[str, Any], *, overwrite: bool) -> Manifest | None:
+    """As `published`."""
     try:
         with open(os.path.join(out, MANIFEST_FILE), "rb") as file:
             manifest = manifest_from(json.load(file))
@@ -236,9 +222,8 @@ def published(out: str, identity: Mapping[str, Any], *, overwrite: bool) -> Mani
         return None
 
 
-def tidy(out: str) -> None:
-    """Remove what the run that published ``out`` has left beside it. The output is there: nothing that goes wrong here
-    makes the run a failure, and the next one removes what is left."""
+def tidy_folder(out: str) -> None:
+    """As `tidy`."""
     work = staging_folder(out)
     if not os.path.isdir(work):
         return
@@ -253,25 +238,17 @@ def tidy(out: str) -> None:
         sync(os.path.dirname(work))
 
 
-def _read_held(work: str) -> _Held | None:
+def _read_held(work: str) -> Held | None:
     path = os.path.join(work, _PLAN)
     try:
-        with open(path, encoding="utf-8") as file:
-            document = json.load(file)
-        check, held = document.pop("check"), _Held(**document)
-        if check != _check(json.dumps(held)):
-            raise ValueError("it has changed since it was written")
-        return held._replace(folder=os.path.basename(held.folder))
+        with open(path, "rb") as file:
+            held = unpack_held(file.read(), path)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise OutputError(
-            f"{path}: what an unfinished run was making cannot be read ({error!r}). "
-            "Give --restart to throw its pieces away."
-        ) from None
+    return held._replace(folder=os.path.basename(held.folder))
 
 
-def _is_published(out: str, held: _Held) -> bool:
+def _is_published(out: str, held: Held) -> bool:
     """Whether ``out`` is what the place was held for."""
     try:
         with open(os.path.join(out, MANIFEST_FILE), "rb") as file:
@@ -293,20 +270,3 @@ def _inode(path: str) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return stat.st_dev, stat.st_ino
-
-
-def _check(text: str) -> str:
-    return blake3(text.encode()).hexdigest(16)
-
-
-def _difference(held: Any, wanted: Any, path: str = "") -> str:
-    """The first place where two documents differ, in words."""
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        for key in [*held, *wanted]:
-            if held.get(key) != wanted.get(key):
-                return _difference(held.get(key), wanted.get(key), f"{path}.{key}" if path else key)
-    if isinstance(held, list) and isinstance(wanted, list | tuple) and len(held) == len(wanted):
-        for number, (one, other) in enumerate(zip(held, wanted, strict=True)):
-            if one != other:
-                return _difference(one, other, f"{path}[{number}]")
-    return f"{path}: then {held!r:.120}, now {wanted!r:.120}"

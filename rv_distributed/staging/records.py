@@ -1,0 +1,100 @@
+"""What every staging place notes: what is being made in it, and which pieces are finished. Text that says whether it
+is whole."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from rv_distributed.errors import OutputError
+from rv_distributed.measures import Measures
+from rv_distributed.runtime.model import SpanResult
+
+
+class Held(NamedTuple):
+    """What a place says of the run that it is held for."""
+
+    folder: str
+    """Name of the folder that becomes the output; empty where there is none."""
+    identity: Any
+    manifest: str | None = None
+    """Digest of the manifest, once the output is complete and about to be published."""
+
+
+class Record(NamedTuple):
+    """A finished piece."""
+
+    piece: int
+    spans: tuple[SpanResult, ...]
+    state: str
+    """Of the object that the piece is; empty where it is a part of a file."""
+
+
+def pack_held(held: Held) -> bytes:
+    return json.dumps({"check": _check(json.dumps(held)), **held._asdict()}, indent=2).encode()
+
+
+def unpack_held(raw: bytes, where: str) -> Held:
+    """Raises OutputError when it is not what was written."""
+    try:
+        document = json.loads(raw)
+        check, held = document.pop("check"), Held(**document)
+        if check != _check(json.dumps(held)):
+            raise ValueError("it has changed since it was written")
+        return held
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise OutputError(
+            f"{where}: what an unfinished run was making cannot be read ({error!r}). "
+            "Give --restart to throw its pieces away."
+        ) from None
+
+
+def pack_record(record: Record) -> str:
+    """One line."""
+    text = json.dumps(record)
+    return f"{_check(text)} {text}"
+
+
+def unpack_record(line: str) -> Record | None:
+    """None when the line is not whole: a crash tore it while it was written."""
+    check, _, text = line.rstrip("\n").partition(" ")
+    if check != _check(text):
+        return None
+    piece, spans, state = json.loads(text)
+    return Record(
+        piece,
+        tuple(
+            SpanResult(tensor, digest, Measures._make([*numbers, tuple(ulps)]))
+            for tensor, digest, (*numbers, ulps) in spans
+        ),
+        state,
+    )
+
+
+def check_same(out: str, held: Held, identity: Any) -> None:
+    """Raise OutputError, naming the difference, when an unfinished run at ``out`` was another."""
+    if held.identity != json.loads(json.dumps(identity)):
+        difference = _difference(held.identity, identity)
+        raise OutputError(
+            f"{out}: an unfinished run was begun with other inputs, options or versions ({difference}). "
+            "Run that command again to finish it, or give --restart to throw its pieces away."
+        )
+
+
+def _check(text: str) -> str:
+    return blake3(text.encode()).hexdigest(16)
+
+
+def _difference(held: Any, wanted: Any, path: str = "") -> str:
+    """The first place where two documents differ, in words."""
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in [*held, *wanted]:
+            if held.get(key) != wanted.get(key):
+                return _difference(held.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+    if isinstance(held, list) and isinstance(wanted, list | tuple) and len(held) == len(wanted):
+        for number, (one, other) in enumerate(zip(held, wanted, strict=True)):
+            if one != other:
+                return _difference(one, other, f"{path}[{number}]")
+    return f"{path}: then {held!r:.120}, now {wanted!r:.120}"

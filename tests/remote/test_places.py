@@ -1,0 +1,229 @@
+"""Places for outputs in object stores: what is tried before a run, and what a run leaves and finds there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from refusal import run_rv
+from servers.proxy import Proxy, proxy_to
+from servers.stores import BUCKET, StoreServer, s3_client, unfinished_uploads
+
+from remote.checkpoints import NUMBERS, OPTIONS, comparable, content_of, keys_below, s3_roles
+from rv_distributed.checkpoint.manifest import MANIFEST_FILE
+from rv_distributed.errors import OutputError, RunError
+from rv_distributed.staging import open_staging
+from rv_distributed.storage import lease, open_store
+
+
+def transfer(server: StoreServer, folder: str, out: str, *more: str) -> list[str]:
+    return ["transfer", *s3_roles(server, folder), "--alpha", "0.7", "--out", out, *OPTIONS, *more]
+
+
+@pytest.fixture
+def out(s3: StoreServer) -> str:
+    return s3.uri(f"place-{next(NUMBERS)}")
+
+
+def sends_second_shard(method: str, path: str) -> bool:
+    return method == "PUT" and "model-00002" in path and "partNumber=2" in path
+
+
+def test_a_run_that_fails_leaves_no_parts_and_is_resumed(
+    s3: StoreServer, in_s3: str, out: str, wanted: dict[str, bytes]
+) -> None:
+    with proxy_to(s3.port) as proxy:
+        through = s3.uri(out.partition(f"{BUCKET}/")[2].partition("?")[0], proxy.port)
+        proxy.trouble = lambda method, path: "403" if sends_second_shard(method, path) else None
+        failed = run_rv(*transfer(s3, in_s3, through))
+        assert failed.status == 1
+        assert "model-00002-of-00002.safetensors" in failed.stderr
+        assert "access denied" in failed.stderr
+        assert unfinished_uploads(s3.port) == []
+        assert MANIFEST_FILE not in keys_below(out)
+        assert ".rv/records/000000" in keys_below(out)
+        state = json.loads(content(out, ".rv/progress.json"))
+        assert (state["state"], state["pieces"]) == ("stopped", 1)
+        proxy.trouble, proxy.seen = lambda *_: None, []
+        done = run_rv(*transfer(s3, in_s3, through))
+        assert done.status == 0, done.stderr
+        assert "1 of 2 pieces kept from an earlier run" in done.stdout
+        assert not [path for method, path, *_ in proxy.seen if method == "PUT" and "model-00001" in path]
+    assert comparable(content_of(out)) == wanted
+    assert not [name for name in keys_below(out) if name.startswith(".rv/")]
+
+
+def test_a_shard_that_was_replaced_is_made_again(
+    s3: StoreServer, in_s3: str, out: str, wanted: dict[str, bytes]
+) -> None:
+    with failing_run(s3, in_s3, out):
+        store, key = open_store(out)
+        store.put(f"{key}/model-00001-of-00002.safetensors", b"something else")
+    done = run_rv(*transfer(s3, in_s3, out))
+    assert done.status == 0, done.stderr
+    assert "pieces kept" not in done.stdout
+    assert comparable(content_of(out)) == wanted
+
+
+def test_another_command_is_refused_until_it_restarts(s3: StoreServer, in_s3: str, out: str) -> None:
+    with failing_run(s3, in_s3, out):
+        pass
+    other = [*transfer(s3, in_s3, out), "--exclude", "norm"]
+    refused = run_rv(*other)
+    assert refused.status == 2
+    assert "an unfinished run was begun with other inputs, options or versions (options.exclude" in refused.stderr
+    assert run_rv(*other, "--restart").status == 0
+
+
+def test_an_output_is_replaced_whole(s3: StoreServer, in_s3: str, out: str, wanted: dict[str, bytes]) -> None:
+    one_shard = transfer(s3, in_s3, out, "--max-shard-size", "1GB")
+    assert run_rv(*one_shard).status == 0
+    assert "model.safetensors" in keys_below(out)
+    refused = run_rv(*transfer(s3, in_s3, out))
+    assert refused.status == 2
+    assert "already exists" in refused.stderr
+    done = run_rv(*transfer(s3, in_s3, out, "--overwrite"))
+    assert done.status == 0, done.stderr
+    assert comparable(content_of(out)) == wanted
+    assert run_rv("verify", out).status == 0
+
+
+def test_a_killed_run_leaves_its_parts_to_the_next_one(
+    s3: StoreServer, in_s3: str, out: str, wanted: dict[str, bytes]
+) -> None:
+    """Its lock, too: the process that held it is no more, which is seen at once on the same machine."""
+    with proxy_to(s3.port) as proxy:
+        through = s3.uri(out.partition(f"{BUCKET}/")[2].partition("?")[0], proxy.port)
+        proxy.trouble = lambda method, path: "hang" if sends_second_shard(method, path) else None
+        argv = [sys.executable, "-m", "rv_distributed", *transfer(s3, in_s3, through)]
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            until = time.monotonic() + 60
+            while not (proxy.hanging.is_set() and ".rv/records/000000" in keys_below(out)):
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            second = run_rv(*transfer(s3, in_s3, out))
+            assert second.status == 2
+            assert f"another run is writing it (process {run.pid} on " in second.stderr
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+        proxy.trouble = lambda *_: None
+        proxy.release.set()
+    assert len(unfinished_uploads(s3.port)) == 1
+    began = time.monotonic()
+    done = run_rv(*transfer(s3, in_s3, out))
+    assert done.status == 0, done.stderr
+    assert time.monotonic() - began < lease.STILL_S
+    assert "1 of 2 pieces kept" in done.stdout
+    assert unfinished_uploads(s3.port) == []
+    assert comparable(content_of(out)) == wanted
+
+
+def test_a_holder_of_another_machine_is_waited_for(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "STILL_S", 0.5)
+    store, key = open_store(out)
+    store.put(f"{key}/.rv/lock.json", json.dumps({"kernel": "other", "token": "x", "beat": 1, "pid": 7}).encode())
+    staging = open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    assert json.loads(content(out, ".rv/lock.json"))["pid"] == os.getpid()
+    staging.close()
+    assert ".rv/lock.json" not in keys_below(out)
+
+
+def test_a_holder_that_lives_keeps_its_place(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr("rv_distributed.storage.object_lease._is_dead", lambda _: False)
+    staging = open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    with pytest.raises(OutputError, match="another run is writing it"):
+        open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    staging.close()
+
+
+def test_a_holder_that_was_taken_over_publishes_nothing(out: str) -> None:
+    staging = open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    store, key = open_store(out)
+    store.put(f"{key}/.rv/lock.json", json.dumps({"token": "of another"}).encode())
+    with pytest.raises(RunError, match="took the place over"):
+        staging.publish(b"{}")
+    staging.close()
+    assert MANIFEST_FILE not in keys_below(out)
+    assert ".rv/lock.json" in keys_below(out)
+
+
+def test_of_two_runs_only_one_can_win(out: str) -> None:
+    """The manifest is made where there is none, whatever happened before."""
+    staging = open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    store, key = open_store(out)
+    store.put(f"{key}/{MANIFEST_FILE}", b'{"of": "another"}')
+    with pytest.raises(OutputError, match="was made by another run meanwhile"):
+        staging.publish(b"{}")
+    staging.close()
+    assert content(out, MANIFEST_FILE) == b'{"of": "another"}'
+
+
+def test_what_is_wrong_with_a_place_is_found_before_the_run_with_all_else(
+    s3: StoreServer, in_s3: str, out: str
+) -> None:
+    with proxy_to(s3.port) as proxy:
+        through = s3.uri(out.partition(f"{BUCKET}/")[2].partition("?")[0], proxy.port)
+        proxy.trouble = lambda method, _path: "403" if method == "PUT" else None
+        command = ["transfer", "--target", s3.uri(f"{in_s3}/target"), "--donor", s3.uri("nowhere")]
+        command += ["--reference", s3.uri(f"{in_s3}/reference"), "--out", through, *OPTIONS]
+        done = run_rv(*command)
+        assert done.status == 2
+        assert "2 problems with the inputs" in done.stderr
+        assert "nowhere" in done.stderr
+        assert "cannot be written to: access denied" in done.stderr
+        assert keys_below(out) == set()
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("s3://nobucket/out", "the bucket does not exist"),
+        (f"s3://{BUCKET}", "is a whole bucket"),
+        (f"s3://{BUCKET}/in/target/out", "overlap"),
+        (f"s3://{BUCKET}/in", "overlap"),
+        (f"s3://{BUCKET}/foreign", "holds objects that are no output of rv"),
+    ],
+)
+def test_places_that_cannot_be_are_refused(s3: StoreServer, in_s3: str, place: str, what: str) -> None:
+    s3_client(s3.port).put_object(Bucket=BUCKET, Key="foreign/thesis.pdf", Body=b"x")
+    done = run_rv(*transfer(s3, in_s3, f"{place}?{s3.uri('').partition('?')[2]}", "--overwrite"))
+    assert done.status == 2
+    assert what in done.stderr
+
+
+def test_a_trial_leaves_nothing(s3: StoreServer, in_s3: str, out: str) -> None:
+    done = run_rv(*transfer(s3, in_s3, out, "--dry-run"))
+    assert done.status == 0, done.stderr
+    assert keys_below(out) == set()
+
+
+def test_what_cannot_be_done_with_uris_is_said(s3: StoreServer) -> None:
+    for command in (["bench", s3.uri("x")], ["push", s3.uri("x"), "org/name"]):
+        done = run_rv(*command)
+        assert done.status == 2
+        assert "only" in done.stderr
+
+
+def content(uri: str, name: str) -> bytes:
+    store, key = open_store(uri)
+    got = bytearray()
+    store.fetch(f"{key}/{name}", 0, None, got.extend)
+    return bytes(got)
+
+
+@contextmanager
+def failing_run(server: StoreServer, folder: str, out: str) -> Iterator[Proxy]:
+    """An unfinished run at ``out``, with one shard of two."""
+    with proxy_to(server.port) as proxy:
+        through = server.uri(out.partition(f"{BUCKET}/")[2].partition("?")[0], proxy.port)
+        proxy.trouble = lambda method, path: "403" if sends_second_shard(method, path) else None
+        assert run_rv(*transfer(server, folder, through)).status == 1
+        yield proxy

@@ -1,0 +1,1 @@
+"""Real servers on loopback that tests start and end: object stores, a Hub, and a proxy that makes trouble."""
