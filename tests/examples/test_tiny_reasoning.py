@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from rv_distributed.evaluation.perturbations import PERTURBATIONS, perturb
 FOLDER = Path(__file__).parents[2] / "examples/tiny_reasoning"
 sys.path.append(str(FOLDER))
 
+from figure import Series, figure  # noqa: E402
 from model import TinyQwen2  # noqa: E402
 from problems import (  # noqa: E402
     END,
@@ -160,6 +162,17 @@ def test_the_random_vector_is_as_long_as_the_donors_in_each_tensor() -> None:
 def test_means_come_with_their_standard_errors() -> None:
     assert show([0.5]) == "0.50"
     assert show([0.2, 0.4, 0.6]) == f"0.40 ± {0.2 / 3**0.5:.2f}"
+
+
+def test_the_figure_has_every_point_in_its_place() -> None:
+    drawn = figure([Series("one", [(-1.0, 0.0, 0.0), (0.0, 0.5, 0.25), (1.0, 1.0, 0.0)])], x="", y="")
+    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    across, up = ([float(one[axis]) for one in circles] for axis in (0, 1))
+    assert across[1] - across[0] == across[2] - across[1] > 100
+    assert up[0] - up[1] == up[1] - up[2] > 100
+    # A quarter of the axis up and down.
+    low, high = (up[1] + sign * (up[0] - up[1]) / 2 for sign in (1, -1))
+    assert f'<path d="M{across[1]:.1f} {low:.1f}V{high:.1f}M' in drawn
 
 
 @pytest.mark.slow
