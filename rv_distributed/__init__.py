@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rv_distributed.recipe_files.loaded import LoadedRecipe
     from rv_distributed.recipe_files.reading import load_recipe
     from rv_distributed.runtime.select import RunOptions
+    from rv_distributed.small_files import read_key_mapping
     from rv_distributed.verification import verify, verify_against_inputs
     from rv_distributed.watching import Progress, Share
 
@@ -88,6 +89,7 @@ __all__ = [
     "prepare",
     "prepare_evaluation",
     "push",
+    "read_key_mapping",
     "run",
     "transfer",
     "verify",
@@ -138,6 +140,7 @@ _HOMES = {
     "prepare": "rv_distributed.job",
     "prepare_evaluation": "rv_distributed.evaluation",
     "push": "rv_distributed.api",
+    "read_key_mapping": "rv_distributed.small_files",
     "run": "rv_distributed.api",
     "transfer": "rv_distributed.api",
     "verify": "rv_distributed.verification",

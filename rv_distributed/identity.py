@@ -25,8 +25,10 @@ def identity_of(plan: Plan, output: int) -> dict[str, Any]:
         layout.update(shard.name.encode()).update(shard.header)
     for tensor in plan.tensors:
         rule, _ = tensor.rule_in(output)
-        weights = tensor.weights[output] if rule == "combine" else None
-        layout.update(repr((tensor.name, rule, weights and tuple(weights))).encode())
+        weights = [tuple(segment.weights[output]) for segment in tensor.segments] if rule == "combine" else None
+        # Where one was matched by a rule or decoded, small files have decided that, and they are in no fingerprint.
+        decided = tensor.segments if tensor.matched or tensor.decoded else ()
+        layout.update(repr((tensor.name, rule, weights, decided)).encode())
     for piece in plan.pieces:
         layout.update(repr(piece).encode())
     return {

@@ -16,9 +16,11 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from rv_distributed.checkpoint.distributed import METADATA_FILE
 from rv_distributed.checkpoint.manifest import Manifest, Timings
-from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.model import Checkpoint, all_folders
 from rv_distributed.checkpoint.pieces import PieceRow
+from rv_distributed.checkpoint.sidecars import sidecars_of
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import Cancelled, InputError, OutputError, PieceError, Problem, RunError, UsageError
 from rv_distributed.identity import identity_of
@@ -54,20 +56,20 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
         # There a piece cannot begin in the middle of a file.
         plan_options = replace(plan_options, piece_bytes=WHOLE_SHARDS)
     with _collector_paused():
-        opened, problems = _open_all(recipe)
+        opened, problems = _open_all(recipe, vocabulary=plan_options.needs_vocabularies)
         plan = None
         if problems:
             readable = [opened[name] for name in recipe.inputs if name in opened]
-            problems += misfits(readable, plan_options.selects if plan_options.is_selective else None)
+            problems += misfits(readable, plan_options)
         else:
-            problems += _whole_problems(recipe, opened)
+            problems += _whole_problems(recipe, opened, recipe.giver(plan_options.sidecars_from))
             try:
                 plan = make_plan(recipe, opened, plan_options)
             except InputError as error:
                 problems += error.problems
     complete = _complete(plan, outs, run_options) if plan is not None else {}
     unmade = [out for number, out in enumerate(outs) if number not in complete]
-    places = place_problems(unmade, opened.values(), overwrite=run_options.overwrite)
+    places = place_problems(unmade, all_folders(opened.values()), overwrite=run_options.overwrite)
     places += [problem for problem in map(push_problem, pushes.values()) if problem is not None]
     if problems or plan is None:
         raise InputError([*problems, *places])
@@ -105,19 +107,16 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _open_all(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[Problem]]:
+def _open_all(recipe: Recipe, *, vocabulary: bool) -> tuple[dict[str, Checkpoint], list[Problem]]:
     """The checkpoints that could be opened, by the recipe's names for them, and what is wrong with the others."""
-    uris = [recipe.frame]
-    for vector in recipe.vectors:
-        uris += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
 
     def load(uri: str) -> Checkpoint | InputError:
         try:
-            return open_checkpoint(uri)
+            return open_checkpoint(uri, vocabulary=vocabulary)
         except InputError as error:
             return error
 
-    unique = list(dict.fromkeys(uris))
+    unique = list(dict.fromkeys([recipe.frame, *(name for _, name in recipe.roles)]))
     opened: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     with ThreadPoolExecutor(len(unique)) as pool:
@@ -129,7 +128,7 @@ def _open_all(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[Problem]]:
     return opened, problems
 
 
-def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Problem]:
+def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint], giver: str) -> list[Problem]:
     """What is wrong with files that the plan does not look into: donors that are their reference, and small files
     that would be copied from elsewhere or cannot be read."""
     problems = []
@@ -144,11 +143,10 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[Pr
         except OSError as error:
             what = f"cannot be read: {error.strerror or error}"
             problems.append(Problem(str(error.filename or plus.uri), what, "Check its storage."))
-    frame = opened[recipe.frame]
-    folder = open_folder(frame.uri)
-    if not isinstance(folder, PosixFolder):
-        return problems  # only file systems have links, and permissions of single files
-    for sidecar in frame.sidecars:
+    for checkpoint, sidecar in sidecars_of(opened[recipe.frame], opened[giver]):
+        folder = open_folder(checkpoint.uri)
+        if not isinstance(folder, PosixFolder):
+            continue  # only file systems have links, and permissions of single files
         path = folder.path(sidecar.name)
         if elsewhere := folder.leads_elsewhere(sidecar.name):
             what = f"is a link to {elsewhere}, outside of the checkpoint, and would be copied into the output"
@@ -211,12 +209,19 @@ class Job:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What was odd about the inputs but does not stop the run."""
-        return tuple(warning for checkpoint in self.opened.values() for warning in checkpoint.warnings)
+        found = [warning for checkpoint in self.opened.values() for warning in checkpoint.warnings]
+        frame = self.opened[self.recipe.frame]
+        if not frame.config and any(file.name == METADATA_FILE for file in frame.weight_files):
+            without = (
+                "holds no config.json, so the output has none: put the model's small files beside its weights first"
+            )
+            found.append(f"{frame.uri}: {without}")
+        return tuple(found)
 
     @property
     def rooms(self) -> tuple[Room, ...]:
         """The file systems that the outputs go to, with the room that they take there and the room that there is."""
-        sidecars = sum(file.size for file in self.opened[self.recipe.frame].sidecars)
+        sidecars = sum(file.size for file in self.plan.sidecars)
         local = [self.outs[number] for number in self.todo if not is_remote(self.outs[number])]
         return rooms(local, self.plan.output_bytes + sidecars)
 
@@ -224,7 +229,7 @@ class Job:
         """The recipe file that makes one output again."""
         from rv_distributed.recipe_files.writing import recipe_text
 
-        uris = {name: checkpoint.uri for name, checkpoint in self.opened.items()}
+        uris = {name: checkpoint.name for name, checkpoint in self.opened.items()}
         return recipe_text(self.recipe, output, self.plan_options, uris)
 
     def check_space(self) -> None:
@@ -274,9 +279,8 @@ class Job:
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
                         reducer.check_finite()
-                frame = self.opened[self.recipe.frame]
                 manifests = [
-                    reducer.commit(frame, self.opened, timings, pieces, self.recipe_text(number))
+                    reducer.commit(timings, pieces, self.recipe_text(number))
                     for number, reducer in zip(self.todo, reducers, strict=True)
                 ]
             except BaseException as error:

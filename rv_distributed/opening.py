@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Final
 
 from blake3 import blake3
 
+from rv_distributed.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rv_distributed.checkpoint.distributed import METADATA_FILE
+from rv_distributed.checkpoint.foreign import foreign, is_megatron
 from rv_distributed.checkpoint.header import (
     LENGTH_BYTES,
     Header,
@@ -24,9 +29,11 @@ from rv_distributed.checkpoint.header import (
 from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormatError, parse_index
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
-from rv_distributed.checkpoint.sidecars import is_sidecar
+from rv_distributed.checkpoint.sidecars import why_left_out
 from rv_distributed.checkpoint.uris import join
-from rv_distributed.errors import InputError, Problem
+from rv_distributed.errors import InputError, Problem, UsageError
+from rv_distributed.opening_distributed import open_distributed
+from rv_distributed.small_files import read_bounded, read_vocabulary, tie_warnings
 from rv_distributed.storage import Folder, PosixFolder, open_folder
 from rv_distributed.storage.posix import is_text
 from rv_distributed.storage.same import same_bytes
@@ -34,7 +41,6 @@ from rv_distributed.storage.same import same_bytes
 #: One read fetches most headers whole.
 _FIRST_READ_BYTES: Final = 256 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
-_MAX_JSON_BYTES: Final = 100_000_000
 _PARALLEL_READS: Final = 16
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 _CHECK_ACCESS: Final = "Check its permissions and its storage."
@@ -62,14 +68,48 @@ _OTHER_FORMATS: Final = (
 _COMMIT: Final = re.compile(r"(?:/snapshots/|^hf://[^@]+@)([0-9a-f]{40})(?:/|$)")
 
 
-def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
-    """Read everything but the weights of the checkpoint in a folder, a bucket or a repository of the Hub.
+def open_checkpoint(uri: str | os.PathLike[str], *, vocabulary: bool = False) -> Checkpoint:
+    """Read everything but the weights of the checkpoint in a folder, a bucket or a repository of the Hub, or of a base
+    with an adapter: ``BASE+ADAPTER``. Of its tokenizer, with ``vocabulary``, the tokens.
 
     ``open_checkpoint(uri).tensors[name]`` gives a tensor's dtype, shape, file and byte range.
 
     Raises InputError with every problem found: missing, truncated or malformed shards, an index that
     does not fit its shards, unreadable files.
     """
+    pair = _base_and_adapter(os.fspath(uri))
+    if pair is None:
+        return _open(uri, vocabulary=vocabulary)
+    parts: list[Checkpoint] = []
+    problems: list[Problem] = []
+    for part, is_adapter in zip(pair, (False, True), strict=True):
+        try:
+            parts.append(_open(part, is_adapter=is_adapter, vocabulary=vocabulary and not is_adapter))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    base, adapter = parts
+    return replace(base, adapter=adapter, warnings=base.warnings + adapter.warnings)
+
+
+def _base_and_adapter(uri: str) -> tuple[str, str] | None:
+    """The two folders that ``BASE+ADAPTER`` names; None for a folder, whatever is in its name."""
+    splits = [(uri[:place], uri[place + 1 :]) for place, letter in enumerate(uri) if letter == "+"]
+    splits = [(base, adapter) for base, adapter in splits if base and adapter]
+    if not splits or _is_folder(uri):
+        return None
+    return next((split for split in splits if all(map(_is_folder, split))), splits[0])
+
+
+def _is_folder(uri: str) -> bool:
+    try:
+        return bool(open_folder(uri).files())
+    except (InputError, UsageError):
+        return False
+
+
+def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False, vocabulary: bool = False) -> Checkpoint:
     folder = open_folder(uri)
     files = {file.name: file for file in folder.files()}
     problems: list[Problem] = [
@@ -79,13 +119,67 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
     ]
     problems += _unreachable(folder) if isinstance(folder, PosixFolder) else []
     warnings: list[str] = []
-    weight_map, shards = _choose_shards(folder, files, problems, warnings)
+    digest = blake3()
+    has_shards = any(name.endswith(".safetensors") and "/" not in name for name in files)
+    if METADATA_FILE in files and not has_shards and not is_megatron(files) and not is_adapter:
+        distributed = open_distributed(folder, files, problems)
+        tensors, weight_files = distributed.tensors, distributed.files
+        digest.update(distributed.digest)
+        warnings += distributed.warnings
+    else:
+        weight_map: dict[str, str] | None = None
+        if is_adapter:
+            weight_files = _adapter_weights(folder, files, problems)
+        else:
+            weight_map, weight_files = _choose_shards(folder, files, problems, warnings)
+        tensors = _load_shards(folder, weight_files, digest, problems)
+        if weight_map is not None and not problems:
+            problems += _check_index(folder, weight_map, tensors)
+    # An adapter that is opened as a model is said to be one where it is used as one.
+    is_adapter = is_adapter or [file.name for file in weight_files] == [ADAPTER_WEIGHTS]
+    config_file = ADAPTER_CONFIG if is_adapter else "config.json"
+    config = _read_json(folder, files, config_file, problems)
+    if is_adapter and config is not None:
+        # It says by how much the factors' product counts.
+        digest.update(json.dumps(config, sort_keys=True).encode())
+    manifest = _read_json(folder, files, MANIFEST_FILE, problems)
+    tokens = read_vocabulary(folder, files, problems) if vocabulary else None
+    if not problems:
+        try:
+            warnings += tie_warnings(folder, config or {}, tensors)
+        except OSError as error:
+            problems.append(Problem(folder.uri, f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
+    if problems:
+        raise InputError(problems)
+    revision = _COMMIT.search(folder.uri)
+    return Checkpoint(
+        uri=folder.uri,
+        tensors=tensors,
+        weight_files=tuple(weight_files),
+        sidecars=tuple(file for name, file in files.items() if not why_left_out(name)),
+        config=config or {},
+        fingerprint="blake3:" + digest.hexdigest(),
+        revision=revision.group(1) if revision else None,
+        manifest=manifest,
+        warnings=tuple(warnings),
+        left_out=tuple(
+            (name, why)
+            for name, file in files.items()
+            if (why := why_left_out(name)) and file not in weight_files and name != INDEX_FILE
+        ),
+        vocabulary=tokens,
+    )
+
+
+def _load_shards(
+    folder: Folder, shards: Sequence[FileState], digest: blake3, problems: list[Problem]
+) -> dict[str, Tensor]:
+    """The tensors of all shards; ``digest`` takes their headers in, and a sample of each."""
 
     def load(file: FileState) -> tuple[Header, int, bytes] | Problem:
         return _load_header(folder, file)
 
     tensors: dict[str, Tensor] = {}
-    digest = blake3()
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         for file, loaded in zip(shards, pool.map(load, shards), strict=True):
             if isinstance(loaded, Problem):
@@ -100,24 +194,7 @@ def open_checkpoint(uri: str | os.PathLike[str]) -> Checkpoint:
                 tensors[name] = Tensor(
                     entry.dtype, entry.shape, file.name, data_start + entry.start, data_start + entry.stop
                 )
-    if weight_map is not None and not problems:
-        problems += _check_index(folder, weight_map, tensors)
-    config = _read_json(folder, files, "config.json", problems)
-    manifest = _read_json(folder, files, MANIFEST_FILE, problems)
-    if problems:
-        raise InputError(problems)
-    revision = _COMMIT.search(folder.uri)
-    return Checkpoint(
-        uri=folder.uri,
-        tensors=tensors,
-        weight_files=tuple(shards),
-        sidecars=tuple(file for name, file in files.items() if is_sidecar(name)),
-        config=config or {},
-        fingerprint="blake3:" + digest.hexdigest(),
-        revision=revision.group(1) if revision else None,
-        manifest=manifest,
-        warnings=tuple(warnings),
-    )
+    return tensors
 
 
 def _choose_shards(
@@ -133,7 +210,7 @@ def _choose_shards(
         return None, [files[name] for name in present]
     where = folder.path(INDEX_FILE)
     try:
-        weight_map = parse_index(_read_bounded(folder, files[INDEX_FILE]))
+        weight_map = parse_index(read_bounded(folder, files[INDEX_FILE]))
     except IndexFormatError as error:
         problems.append(Problem(where, str(error), _DOWNLOAD_AGAIN))
         return None, []
@@ -154,12 +231,20 @@ def _choose_shards(
     return weight_map, [files[name] for name in named if name in files]
 
 
+def _adapter_weights(folder: Folder, files: dict[str, FileState], problems: list[Problem]) -> list[FileState]:
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        if name not in files:
+            what = f"holds no {name}, which a LoRA adapter has"
+            problems.append(Problem(folder.uri, what, "Save the adapter with PEFT's save_pretrained, as safetensors."))
+    return [files[ADAPTER_WEIGHTS]] if ADAPTER_WEIGHTS in files else []
+
+
 def _unreachable(folder: PosixFolder) -> list[Problem]:
     """What stands where a file of the model should be: links that lead nowhere, and folders."""
     problems = [
         Problem(folder.path(name), f"is a link to {leads_to}, where no file can be reached", _RELINK)
         for name, leads_to in folder.broken_links().items()
-        if is_sidecar(name) or name.endswith((".safetensors", INDEX_FILE, MANIFEST_FILE))
+        if not why_left_out(name) or name.endswith((".safetensors", INDEX_FILE, MANIFEST_FILE))
     ]
     expected = (INDEX_FILE, SINGLE_FILE, "config.json", MANIFEST_FILE)
     is_folder = "is a folder, but the model's file of this name is wanted"
@@ -169,6 +254,10 @@ def _unreachable(folder: PosixFolder) -> list[Problem]:
 
 
 def _other_format(folder: Folder, files: dict[str, FileState]) -> Problem:
+    known = foreign(files)
+    if known is not None:
+        remedy = known.remedy.replace("FOLDER", folder.uri)
+        return Problem(folder.uri, f"holds {known.kind} ({known.file}) and no safetensors files", remedy)
     for suffixes, kind, remedy in _OTHER_FORMATS:
         found = next((name for name in files if name.endswith(suffixes)), None)
         if found:
@@ -200,11 +289,15 @@ def _load_header(folder: Folder, file: FileState) -> tuple[Header, int, bytes] |
 
 
 def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints have the same files of weights, byte for byte.
+    """Whether two checkpoints have the same files of weights, byte for byte, and so have their adapters.
 
     Other fingerprints tell them apart at once; only those with the same one are read, up to the first difference.
     Raises OSError.
     """
+    return len(one.folders) == len(other.folders) and all(map(_same_files, one.folders, other.folders))
+
+
+def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
     if one.uri == other.uri:
         return True
     return one.fingerprint == other.fingerprint and all(
@@ -233,7 +326,7 @@ def _read_json(
     if name not in files:
         return None
     try:
-        document = json.loads(_read_bounded(folder, files[name]))
+        document = json.loads(read_bounded(folder, files[name]))
     except OSError as error:
         problems.append(Problem(folder.path(name), f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
         return None
@@ -244,9 +337,3 @@ def _read_json(
         problems.append(Problem(folder.path(name), "is not a JSON object", _DOWNLOAD_AGAIN))
         return None
     return document
-
-
-def _read_bounded(folder: Folder, file: FileState) -> bytes:
-    if file.size > _MAX_JSON_BYTES:
-        raise OSError(f"has {file.size} bytes, more than any such file needs")
-    return folder.read(file.name)

@@ -54,7 +54,9 @@ def oddities(out: str, manifest: Manifest) -> list[str]:
     realised = totals.realised_alpha
     if realised is None or abs(realised - totals.alpha) <= _TOLERANCE * abs(totals.alpha):
         return []
-    remedy = "--dtype float32 keeps it"
+    remedy = (
+        "without --requantize there is less rounding" if manifest.options["requantize"] else "--dtype float32 keeps it"
+    )
     if manifest.options["rounding"] != "stochastic":
         remedy = f"--rounding stochastic realises it on average; {remedy}"
     return [f"{out}: rounding made of {_asked(manifest)} a realised alpha of {realised:.4g}. {remedy}."]

@@ -21,6 +21,9 @@ Order = Literal["each", "sum", "fused"]
 ComputeDType = Literal["float32", "float64"]
 Rounding = Literal["nearest", "stochastic"]
 Stats = Literal["full", "basic", "none"]
+VocabMismatch = Literal["error", "overlap"]
+Missing = Literal["error", "copy"]
+Role = Literal["target", "donor", "reference", "vector", "model", "base"]
 
 
 class Arithmetic(NamedTuple):
@@ -147,6 +150,38 @@ class Recipe:
         """The checkpoint that gives names, shapes and small files: the target, or the donor of an extract, or the base
         or first model of a linear combination."""
         return self.target or self.base or self.vectors[0].plus
+
+    @property
+    def frame_role(self) -> Role:
+        """What the frame is in this operation."""
+        roles: dict[Operation, Role] = {"extract": "donor", "linear": "base"}
+        return roles.get(self.operation, "target")
+
+    @property
+    def roles(self) -> tuple[tuple[Role, str], ...]:
+        """All checkpoints with their roles, used or not, in their order."""
+        roles: list[tuple[Role, str]] = [("target", self.target)] if self.target is not None else []
+        roles += [("base", self.base)] if self.base is not None else []
+        for vector in self.vectors:
+            if vector.minus is None:
+                roles.append(("model" if self.operation == "linear" else "vector", vector.plus))
+            else:
+                roles += [("donor", vector.plus), ("reference", vector.minus)]
+        return tuple(roles)
+
+    def giver(self, role: Role | None) -> str:
+        """The checkpoint whose small files go with the outputs: that of a role, or the frame.
+
+        Raises UsageError when the role is nobody's, or several have it.
+        """
+        if role is None:
+            return self.frame
+        found = [name for other, name in self.roles if other == role]
+        if len(found) != 1:
+            has = ", ".join(dict.fromkeys(other for other, _ in self.roles))
+            number = "several inputs are that" if found else f"{self.operation} has {has}"
+            raise UsageError(f"--sidecars-from {role}: {number}")
+        return found[0]
 
     @property
     def inputs(self) -> tuple[str, ...]:

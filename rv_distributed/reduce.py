@@ -8,36 +8,39 @@ everything and publishes it by one rename.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 
 from blake3 import blake3
 
 from rv_distributed.checkpoint.card import build_card, license_fields, metadata_of, model_name
+from rv_distributed.checkpoint.fp8 import fp8_scheme
 from rv_distributed.checkpoint.index import INDEX_FILE, build_index
 from rv_distributed.checkpoint.manifest import (
     PIECES_FILE,
     RECIPE_FILE,
     TABLE_FILE,
     FileEntry,
+    FileLeftOut,
     InputEntry,
     LeftOut,
     Manifest,
+    RuleEntry,
     ShardEntry,
     Timings,
     Totals,
 )
-from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.pieces import PieceRow, write_pieces
-from rv_distributed.checkpoint.sidecars import with_dtype
+from rv_distributed.checkpoint.sidecars import with_dtype, without_quantization
 from rv_distributed.checkpoint.table import TensorRow, shard_digest, write_table
 from rv_distributed.errors import ChangedError, RunError
 from rv_distributed.identity import identity_digest
 from rv_distributed.nonfinite import check_finite
-from rv_distributed.plan import Plan
+from rv_distributed.plan import Plan, is_of_scales
 from rv_distributed.recipe import show_alpha
-from rv_distributed.results import tensor_rows
+from rv_distributed.results import scale_bytes, tensor_rows
 from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging import Staging
 from rv_distributed.storage import open_folder
@@ -65,31 +68,25 @@ class Reducer:
         check_unchanged(self._plan)
         check_finite(self._plan, self._staging.out, self._results[0])
 
-    def commit(
-        self,
-        frame: Checkpoint,
-        opened: Mapping[str, Checkpoint],
-        timings: Timings,
-        pieces: Sequence[PieceRow],
-        recipe: str,
-    ) -> Manifest:
+    def commit(self, timings: Timings, pieces: Sequence[PieceRow], recipe: str) -> Manifest:
         """Write the small files, flush everything, publish, and return the manifest.
 
-        ``frame`` is the checkpoint whose sidecar files go with the output; ``pieces`` say who made what and when;
-        ``recipe`` is the file that makes the output again.
+        ``pieces`` say who made what and when; ``recipe`` is the file that makes the output again.
         Raises RunError when a piece is missing, ChangedError when an input is no longer what the plan was made from,
         and OSError.
         """
         check_unchanged(self._plan)
         rows, totals = self._results
+        self._write_scales()
         files = [self._write(TABLE_FILE, write_table(rows)), self._write(PIECES_FILE, write_pieces(pieces))]
         files.append(self._write(RECIPE_FILE, recipe.encode()))
-        folder = open_folder(frame.uri)
-        dtype = dict(self._plan.options)["dtype"]
-        for sidecar in frame.sidecars:
-            data = folder.read(sidecar.name)
+        dtype, requantizes = (dict(self._plan.options)[option] for option in ("dtype", "requantize"))
+        for sidecar in self._plan.sidecars:
+            data = open_folder(sidecar.uri).read(sidecar.name)
             if sidecar.name == "config.json" and dtype != "auto":
                 data = with_dtype(data, dtype)
+            if sidecar.name == "config.json" and not requantizes and fp8_scheme(json.loads(data)) is not None:
+                data = without_quantization(data)
             files.append(self._write(sidecar.name, data))
         if len(self._plan.shards) > 1:
             # By now all that it leads to is there.
@@ -108,12 +105,14 @@ class Reducer:
             identity=identity_digest(self._staging.identity),
             shards=self._shards(rows),
             files=tuple(files),
+            rules=tuple(RuleEntry(rule, what) for rule, what in self._plan.rules),
             left_out=tuple(LeftOut(name, why) for name, why in self._plan.left_out),
+            files_left_out=tuple(FileLeftOut(name, why) for name, why in self._plan.files_left_out),
             totals=totals,
             timings=timings,
         )
-        names = {checkpoint.uri: model_name(checkpoint.uri) for checkpoint in opened.values()}
-        card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(frame)).encode())
+        names = {item.uri: model_name(item.uri) for item in self._plan.inputs}
+        card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(self._plan.giver)).encode())
         manifest = manifest.with_file(card).sealed()
         # Once more, as the small files were read after the first time.
         check_unchanged(self._plan)
@@ -130,7 +129,18 @@ class Reducer:
         missing = len(self._plan.pieces) - len(self._pieces)
         if missing:
             raise RunError(f"{missing} of {len(self._plan.pieces)} pieces were never finished; run again to continue")
-        return tensor_rows(self._plan, self._output, self._pieces)
+        return tensor_rows(self._plan, self._output, self._pieces, self._scales)
+
+    @cached_property
+    def _scales(self) -> dict[int, bytes]:
+        return scale_bytes(self._plan, self._pieces)
+
+    def _write_scales(self) -> None:
+        """Write the shards that hold the scales of requantized tensors."""
+        for shard in self._plan.shards:
+            if is_of_scales(shard, self._plan.tensors):
+                scales = (self._scales.get(shard.first + number, b"") for number in range(shard.length))
+                self._staging.write(shard.name, shard.header + b"".join(scales))
 
     def _shards(self, rows: list[TensorRow]) -> tuple[ShardEntry, ...]:
         entries = []
@@ -183,12 +193,12 @@ def _signed(alpha: float | None, number: int) -> str:
     return f"{'−' if alpha < 0 else '+'} {show_alpha(abs(alpha))}"
 
 
-def _license_of(checkpoint: Checkpoint) -> dict[str, str]:
+def _license_of(uri: str) -> dict[str, str]:
     """The licence in the metadata of a checkpoint's own model card, if it has one."""
     from yaml import YAMLError
 
     try:
-        raw = open_folder(checkpoint.uri).read(_CARD_FILE, 0, _MAX_CARD_BYTES + 1)
+        raw = open_folder(uri).read(_CARD_FILE, 0, _MAX_CARD_BYTES + 1)
         return license_fields(metadata_of(raw.decode("utf-8-sig"))) if len(raw) <= _MAX_CARD_BYTES else {}
     except (OSError, ValueError, RecursionError, YAMLError):
         return {}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+
+from blake3 import blake3
 
 from rv_distributed.checkpoint.manifest import Totals
 from rv_distributed.checkpoint.pieces import PieceRow
 from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of
+from rv_distributed.errors import RunError
 from rv_distributed.measures import Leaf, Measures, add_up
 from rv_distributed.plan import Plan, TensorPlan
 from rv_distributed.runtime.model import BLOCK_BYTES, PieceResult, SpanResult
@@ -16,8 +20,30 @@ from rv_distributed.runtime.model import BLOCK_BYTES, PieceResult, SpanResult
 Spans = Sequence[SpanResult]
 
 
-def tensor_rows(plan: Plan, output: int, pieces: Mapping[int, Spans]) -> tuple[list[TensorRow], Totals]:
-    """A row for every tensor of the plan, in its order, and what they add up to, from the spans of all pieces."""
+def scale_bytes(plan: Plan, pieces: Mapping[int, Spans]) -> dict[int, bytes]:
+    """The scales of every requantized tensor, by their index into ``Plan.tensors``, from the spans of all pieces.
+
+    Raises RunError when they are not as many as they should be.
+    """
+    found: dict[int, bytearray] = {}
+    for piece in plan.pieces:
+        for span in pieces[piece.number]:
+            how = plan.tensors[span.tensor].requantized
+            if how is not None:
+                found.setdefault(how.scales, bytearray()).extend(b64decode(span.scales))
+    for number, raw in found.items():
+        tensor = plan.tensors[number]
+        if len(raw) != tensor.stop - tensor.start:
+            what = f"the pieces have {len(raw)} bytes of it, not {tensor.stop - tensor.start}"
+            raise RunError(f"{tensor.name}: {what}; run again with --restart")
+    return {number: bytes(raw) for number, raw in found.items()}
+
+
+def tensor_rows(
+    plan: Plan, output: int, pieces: Mapping[int, Spans], scales: Mapping[int, bytes]
+) -> tuple[list[TensorRow], Totals]:
+    """A row for every tensor of the plan, in its order, and what they add up to, from the spans of all pieces and their
+    `scale_bytes`."""
     parts: list[list[PartDigest]] = [[] for _ in plan.tensors]
     leaves: list[list[Leaf]] = [[] for _ in plan.tensors]
     for piece in plan.pieces:
@@ -26,6 +52,9 @@ def tensor_rows(plan: Plan, output: int, pieces: Mapping[int, Spans]) -> tuple[l
             start, stop = max(tensor.start, piece.start), min(tensor.stop, piece.stop)
             parts[span.tensor].append(PartDigest(start, stop, span.digest))
             leaves[span.tensor].append((piece.start // BLOCK_BYTES, span.measures))
+    for number, raw in scales.items():
+        tensor = plan.tensors[number]
+        parts[number].append(PartDigest(tensor.start, tensor.stop, blake3(raw).hexdigest()))
     measures = list(map(add_up, leaves))
     rows = [_row(plan, output, *of) for of in zip(plan.tensors, map(tuple, parts), measures, strict=True)]
     return rows, _totals(plan, output, rows, measures)
@@ -33,7 +62,9 @@ def tensor_rows(plan: Plan, output: int, pieces: Mapping[int, Spans]) -> tuple[l
 
 def _alpha(plan: Plan, output: int, tensor: TensorPlan) -> float:
     """Of what was measured as v."""
-    return 1.0 if plan.weighted or not plan.has_target else tensor.weights[output].alphas[0]
+    if plan.weighted or not plan.has_target:
+        return 1.0
+    return next(segment.weights[output].alphas[0] for segment in tensor.segments if segment.vectors)
 
 
 def _row(plan: Plan, output: int, tensor: TensorPlan, parts: tuple[PartDigest, ...], measures: Measures) -> TensorRow:
@@ -41,8 +72,9 @@ def _row(plan: Plan, output: int, tensor: TensorPlan, parts: tuple[PartDigest, .
     rule, why = tensor.rule_in(output)
     alpha = _alpha(plan, output, tensor) if rule == "combine" else 0.0
     measured = rule == "combine" and plan.stats != "none"
-    full, moves = measured and plan.stats == "full", measured and tensor.target is not None
+    full, moves = measured and plan.stats == "full", measured and plan.has_target
     v_norm, t_norm = math.sqrt(measures.v_sq), math.sqrt(measures.t_sq)
+    has_steps = tensor.requantized is None
     return TensorRow(
         name=tensor.name,
         dtype=tensor.dtype,
@@ -55,6 +87,9 @@ def _row(plan: Plan, output: int, tensor: TensorPlan, parts: tuple[PartDigest, .
         parts=parts,
         rule=rule,
         why=why,
+        matched=tensor.matched,
+        decoded=tensor.decoded,
+        input_dtypes=tensor.input_dtypes,
         v_norm=v_norm if measured else None,
         t_norm=t_norm if moves else None,
         v_t_ratio=ratio(v_norm, t_norm) if moves else None,
@@ -69,8 +104,8 @@ def _row(plan: Plan, output: int, tensor: TensorPlan, parts: tuple[PartDigest, .
         changed_fraction=measures.changed / elements if measured else None,
         absorbed=measures.absorbed if measured else None,
         absorbed_fraction=ratio(measures.absorbed, measures.nonzero) if measured and alpha else None,
-        ulps_max=measures.ulps_max if moves else None,
-        ulps=measures.ulps if full and moves else None,
+        ulps_max=measures.ulps_max if moves and has_steps else None,
+        ulps=measures.ulps if full and moves and has_steps else None,
         inexact=measures.inexact if measured else None,
         overflowed=measures.overflowed,
         nan=measures.nan,

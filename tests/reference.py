@@ -20,7 +20,7 @@ from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
 F32 = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
-ITEM_BYTES = {"BOOL": 1, "U8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
+ITEM_BYTES = {"BOOL": 1, "U8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8, "C64": 8}
 #: Files of an output that tell when and how fast it was made.
 TIMED = ("rv_manifest.json", "rv_pieces.parquet")
 USER_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -104,6 +104,7 @@ WRONG: dict[str, tuple[tuple[str | int, ...], Any]] = {
     "file digest a list": (("files", 0, "digest"), []),
     "file digest not hexadecimal": (("files", 0, "digest"), "not a digest"),
     "file with another key": (("files", 0, "mode"), 7),
+    "rules of texts": (("rules",), ["x"]),
     "left_out of lists": (("left_out",), [["x", "y"]]),
     "totals a list": (("totals",), []),
     "tensor count text": (("totals", "tensors"), "4"),

@@ -13,7 +13,7 @@ class DType(NamedTuple):
     bits: int
     """Bits an element; fewer than 8 for the packed formats."""
     is_float: bool
-    """Whether elements are real floating-point numbers, of any width."""
+    """Whether elements are floating-point numbers, of any width."""
 
 
 _TABLE: Final = (
@@ -35,7 +35,7 @@ _TABLE: Final = (
     DType("I32", 32, False),
     DType("U32", 32, False),
     DType("F32", 32, True),
-    DType("C64", 64, False),
+    DType("C64", 64, True),
     DType("F64", 64, True),
     DType("I64", 64, False),
     DType("U64", 64, False),
@@ -43,8 +43,14 @@ _TABLE: Final = (
 
 DTYPES: Final[dict[str, DType]] = {dtype.name: dtype for dtype in _TABLE}
 
-#: The dtypes that arithmetic reads and writes, and the names users give them.
+#: The dtypes that models are computed in, and the names users give them.
 ARITHMETIC: Final[dict[str, str]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+#: Rare and wide: what has it in any input is computed in float64. No output gets it that has not had it.
+WIDE: Final = "F64"
+
+#: Everything that can be computed with.
+COMPUTABLE: Final = (*ARITHMETIC, WIDE)
 
 #: From the names on the command line to the names in headers.
 FROM_USER: Final[dict[str, str]] = {user: name for name, user in ARITHMETIC.items()}

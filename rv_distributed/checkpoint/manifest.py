@@ -18,7 +18,7 @@ TABLE_FILE: Final = "rv_tensors.parquet"
 PIECES_FILE: Final = "rv_pieces.parquet"
 RECIPE_FILE: Final = "rv_recipe.yaml"
 SCHEMA_VERSION: Final = 1
-ROLES: Final = ("target", "donor", "reference", "vector", "model", "base")
+ROLES: Final = ("target", "donor", "reference", "vector", "model", "base", "adapter")
 OPERATIONS: Final = ("extract", "apply", "transfer", "task_arithmetic", "linear")
 #: Their outputs are not a target and what was added to it.
 WITHOUT_TARGET: Final = ("extract", "linear")
@@ -31,7 +31,7 @@ class InputEntry:
     """One checkpoint that was read."""
 
     role: str
-    """target, donor, reference, vector, model or base."""
+    """target, donor, reference, vector, model or base; or adapter, of the one before it."""
     uri: str
     fingerprint: str
     """See `Checkpoint.fingerprint`."""
@@ -65,6 +65,23 @@ class LeftOut:
 
     tensor: str
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileLeftOut:
+    """A file of an input that does not go with the output."""
+
+    file: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RuleEntry:
+    """A rule by which tensors were matched otherwise than by name and shape."""
+
+    rule: str
+    what: str
+    """What it did, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +165,9 @@ class Manifest:
     same command knows its finished output by it."""
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
+    rules: tuple[RuleEntry, ...]
     left_out: tuple[LeftOut, ...]
+    files_left_out: tuple[FileLeftOut, ...]
     totals: Totals
     timings: Timings
     schema_version: int = SCHEMA_VERSION
@@ -194,7 +213,9 @@ def manifest_from(document: object) -> Manifest:
         "inputs": _all_of(InputEntry, document.get("inputs")),
         "shards": _all_of(ShardEntry, document.get("shards")),
         "files": _all_of(FileEntry, document.get("files")),
+        "rules": _all_of(RuleEntry, document.get("rules")),
         "left_out": _all_of(LeftOut, document.get("left_out")),
+        "files_left_out": _all_of(FileLeftOut, document.get("files_left_out")),
         "alphas": tuple(_alpha(alpha) for alpha in _list(document.get("alphas"))),
         "totals": _one_of(Totals, document.get("totals")),
         "timings": _one_of(Timings, document.get("timings")),
@@ -305,7 +326,9 @@ MANIFEST_SCHEMA: Final[dict[str, Any]] = {
             "identity": _DIGEST,
             "shards": _array(_object({"name": _TEXT, "bytes": _COUNT, "digest": _DIGEST})),
             "files": _array(_object({"name": _TEXT, "bytes": _COUNT, "digest": _DIGEST})),
+            "rules": _array(_object({"rule": _TEXT, "what": _TEXT})),
             "left_out": _array(_object({"tensor": _TEXT, "why": _TEXT})),
+            "files_left_out": _array(_object({"file": _TEXT, "why": _TEXT})),
             "totals": _object(
                 {
                     **dict.fromkeys(("tensors", "combined", "cast", "copied", "parameters", "data_bytes"), _COUNT),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rv_distributed.checkpoint.sources import Operand, Source
+from rv_distributed.checkpoint.uris import join
+
 
 class Tensor(NamedTuple):
-    """Where one tensor lies: ``file[start:stop]`` holds its elements in row-major order."""
+    """Where one tensor lies: ``file[start:stop]`` holds its elements in row-major order, or ``source`` says more."""
 
     dtype: str
     """safetensors name, for instance ``BF16``."""
@@ -20,6 +23,9 @@ class Tensor(NamedTuple):
     start: int
     """Byte offset in the file."""
     stop: int
+    source: Source | None = None
+    """Where its elements come from, when that is not one range of a file of the checkpoint. Then ``file`` is the one
+    that tells where they are, and ``stop - start`` is how many bytes they take as they are stored."""
 
     @property
     def elements(self) -> int:
@@ -60,6 +66,35 @@ class Checkpoint:
     """rv_manifest.json, if this is an output of ours."""
     warnings: tuple[str, ...]
     """What was odd but harmless, such as a shard that no index names."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Files that are no part of the model, each with the reason. Of version control and caches, nothing is named."""
+    vocabulary: Mapping[int, str] | None = None
+    """The token of every id; None when nothing tells, or nobody asked."""
+    adapter: Checkpoint | None = None
+    """A LoRA adapter that its values are to be taken with: its tensors are the factors, its config is
+    adapter_config.json."""
+
+    @property
+    def name(self) -> str:
+        """What it was opened as."""
+        return self.uri if self.adapter is None else f"{self.uri}+{self.adapter.uri}"
+
+    @property
+    def folders(self) -> tuple[Checkpoint, ...]:
+        """Itself and its adapter."""
+        return (self,) if self.adapter is None else (self, self.adapter)
+
+    def path(self, name: str) -> str:
+        """One of its files, by its name inside."""
+        return join(self.uri, name)
+
+    def stored(self, tensor: Tensor) -> Operand:
+        """The bytes of a tensor that lies in one range of a file."""
+        return Operand(self.path(tensor.file), tensor.start, tensor.dtype)
+
+    def source(self, tensor: Tensor) -> Source:
+        """Where the elements of one of its tensors come from."""
+        return tensor.source or self.stored(tensor)
 
     @property
     def parameters(self) -> int:
@@ -78,3 +113,8 @@ class Checkpoint:
         for tensor in self.tensors.values():
             counts[tensor.dtype] += tensor.elements
         return dict(counts.most_common())
+
+
+def all_folders(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Checkpoints and their adapters."""
+    return [folder for checkpoint in checkpoints for folder in checkpoint.folders]

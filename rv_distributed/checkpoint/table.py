@@ -45,9 +45,15 @@ class TensorRow(NamedTuple):
     """BLAKE3 of its bytes when it has one part; else of the parts' concatenated raw digests."""
     parts: tuple[PartDigest, ...]
     rule: str
-    """combine, cast or copy."""
+    """combine, cast, copy, or scale for the scales of a tensor that was written as FP8 again."""
     why: str
     """Why it was not combined; else empty."""
+    matched: str
+    """How the vector's elements were found, where not under the tensor's own name and shape; else empty."""
+    decoded: str
+    """What its elements were decoded from, by role: ``donor: fp8 128×128``; empty where they were only read."""
+    input_dtypes: str
+    """Dtypes of inputs that are others than ``dtype``, by role: ``donor: F32; reference: BF16``."""
     v_norm: float | None
     """‖v‖₂ of the vector, or of the weighted sum of several. Null when nothing was measured, as for the columns to
     ``inexact``."""
@@ -139,7 +145,9 @@ def _schema() -> Any:
     import pyarrow as pa
 
     types: dict[str, Any] = {
-        **dict.fromkeys(("name", "dtype", "shard", "digest", "rule", "why"), pa.string()),
+        **dict.fromkeys(
+            ("name", "dtype", "shard", "digest", "rule", "why", "matched", "decoded", "input_dtypes"), pa.string()
+        ),
         "shape": pa.list_(pa.uint64()),
         "parts": pa.list_(pa.struct([("start", pa.int64()), ("stop", pa.int64()), ("digest", pa.string())])),
         "ulps": pa.list_(pa.int64()),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from rv_distributed.errors import UsageError
-from rv_distributed.recipe import ComputeDType, Rounding, Stats
+from rv_distributed.recipe import ComputeDType, Missing, Role, Rounding, Stats, VocabMismatch
 from rv_distributed.runtime.select import DeviceName, RunOptions, RuntimeName
 from rv_distributed.units import parse_bytes
 
@@ -96,11 +96,34 @@ class Common(Running):
         ),
     ] = "auto"
     max_shard_size: Annotated[str, typer.Option(help="Most tensor data in one output file.", metavar="SIZE")] = "5GB"
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Write the target's FP8 weights as FP8 again, with new scales.")
+    ] = False
     include: Annotated[
         str | None, typer.Option(help="Only tensors whose name matches get the vectors.", metavar="REGEX")
     ] = None
     exclude: Annotated[
         str | None, typer.Option(help="Tensors whose name matches do not get the vectors.", metavar="REGEX")
+    ] = None
+    vocab_mismatch: Annotated[
+        VocabMismatch,
+        typer.Option(help="Of vocabularies of other sizes. overlap: the rows that all have get the vectors."),
+    ] = "error"
+    force_tokenizer_mismatch: Annotated[
+        bool,
+        typer.Option("--force-tokenizer-mismatch", help="Overlap also where tokenizers differ or cannot be compared."),
+    ] = False
+    missing: Annotated[
+        Missing,
+        typer.Option(help="Of tensors that donor or reference lacks. copy: the target's stay as they are."),
+    ] = "error"
+    key_mapping: Annotated[
+        str | None,
+        typer.Option(help="Rules, REGEX -> REPLACEMENT, that make names the target's; or JSON, YAML.", metavar="FILE"),
+    ] = None
+    sidecars_from: Annotated[
+        Role | None,
+        typer.Option(help="Input whose tokenizer, chat template, licence … go with the output; default: the target."),
     ] = None
     rounding: Annotated[
         Rounding,
@@ -118,12 +141,19 @@ class Common(Running):
     def plan_options(self) -> PlanOptions:
         """The options of the plan. Raises UsageError."""
         from rv_distributed.plan import PlanOptions
+        from rv_distributed.small_files import read_key_mapping
 
         return PlanOptions(
             dtype=self.dtype,
+            requantize=self.requantize,
             max_shard_bytes=parse_bytes(self.max_shard_size, "--max-shard-size"),
             include=self.include,
             exclude=self.exclude,
+            vocab_mismatch=self.vocab_mismatch,
+            force_tokenizer_mismatch=self.force_tokenizer_mismatch,
+            missing=self.missing,
+            key_mapping=read_key_mapping(self.key_mapping) if self.key_mapping is not None else (),
+            sidecars_from=self.sidecars_from,
             rounding=self.rounding,
             seed=self.seed,
             compute_dtype=self.compute_dtype,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rv_distributed.bench import known_speed
 from rv_distributed.checkpoint.manifest import Manifest, Timings
+from rv_distributed.checkpoint.model import all_folders
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.cli.effort import effort_document, effort_table
 from rv_distributed.cli.options import Running
@@ -66,29 +67,43 @@ def plan_summary(job: Job) -> str:
     if special := _arithmetic(job):
         rows.append(("arithmetic", special))
     for item in job.plan.inputs:
-        checkpoint = next(c for c in job.opened.values() if c.uri == item.uri)
+        checkpoint = next(c for c in all_folders(job.opened.values()) if c.uri == item.uri)
         facts = f"{show_count(checkpoint.parameters)} parameters, {'/'.join(checkpoint.dtypes)}"
         rows.append((item.role, f"{item.uri}  ({facts}, {show_bytes(checkpoint.weight_bytes)})"))
     rows += [("output", _output(job, number)) for number in range(len(job.outs))]
+    rows.append(("tensors", _tensors(job)))
+    if others := [tensor.name for tensor in job.plan.tensors if tensor.rule in ("cast", "copy")]:
+        rows.append(("", f"not computed: {_some(others)}"))
+    rows += _rules(job)
+    if names := [name for name, _ in job.plan.left_out]:
+        rows.append(("left out", f"{plural(len(names), 'tensor')} with no place in the output: {_some(names)}"))
+    if job.plan.giver != job.opened[job.recipe.frame].uri:
+        rows.append(("sidecars", f"{len(job.plan.sidecars)}, those of {job.plan.giver} but for config and code"))
+    if files := [f"{name} ({why})" for name, why in job.plan.files_left_out]:
+        rows.append(("not copied", f"{plural(len(files), 'file')}: {_some(files)}"))
     shards, pieces, rooms = len(job.plan.shards), len(job.plan.pieces), job.rooms
     each = " each" if len(job.outs) > 1 else ""
     rows += [
-        ("tensors", _tensors(job)),
         ("read", show_bytes(job.bytes_in)),
         ("write", f"{show_bytes(job.bytes_out)}, in {plural(shards, 'file')} and {plural(pieces, 'piece')}{each}"),
         ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms) or "none needed"),
         ("runtime", _runtime(job)),
     ]
-    others = [tensor.name for tensor in job.plan.tensors if tensor.rule != "combine"]
-    if others:
-        rows.insert(-3, ("", f"not computed: {', '.join(others[:3])}{', …' if len(others) > 3 else ''}"))
-    if job.plan.left_out:
-        names = ", ".join(name for name, _ in job.plan.left_out[:3])
-        more = ", …" if len(job.plan.left_out) > 3 else ""
-        rows.append(
-            ("left out", f"{plural(len(job.plan.left_out), 'tensor')} with no place in the output: {names}{more}")
-        )
-    return "\n".join(f"{label:>10}  {one_line(text)}" for label, text in rows)
+    width = max(10, *(len(label) for label, _ in rows))
+    return "\n".join(f"{label:>{width}}  {one_line(text)}" for label, text in rows)
+
+
+def _rules(job: Job) -> Iterator[tuple[str, str]]:
+    """Of each rule by which tensors were matched, what it did most."""
+    for rule in dict.fromkeys(rule for rule, _ in job.plan.rules):
+        texts = [text for other, text in job.plan.rules if other == rule]
+        yield from zip([rule, "", ""], texts, strict=False)
+        if len(texts) > 3:
+            yield "", f"and {len(texts) - 3} more"
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:3]) + (", …" if len(texts) > 3 else "")
 
 
 def _places(job: Job) -> list[str]:
@@ -112,7 +127,7 @@ def _tensors(job: Job) -> str:
     text = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     reasons: dict[str, int] = {}
     for tensor in job.plan.tensors:
-        if tensor.why:
+        if tensor.why and tensor.rule != "scale":
             reasons[tensor.why] = reasons.get(tensor.why, 0) + 1
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
     return f"{text or 'none'} ({why})" if why else text
@@ -122,7 +137,8 @@ def _arithmetic(job: Job) -> str:
     """What is not the default of it."""
     dtype, rounding, seed, _ = job.plan.arithmetic
     texts = [f"computed in {dtype}"] if dtype != "float32" else []
-    return ", ".join(texts + ([f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []))
+    texts += [f"rounded stochastically with seed {seed}"] if rounding == "stochastic" else []
+    return ", ".join(texts)
 
 
 def _runtime(job: Job) -> str:
@@ -144,8 +160,14 @@ def plan_document(job: Job) -> dict[str, Any]:
         "options": dict(job.plan.options),
         "tensors": len(job.plan.tensors),
         "computed": sum(tensor.rule == "combine" for tensor in job.plan.tensors),
-        "copied": [{"tensor": t.name, "rule": t.rule, "why": t.why} for t in job.plan.tensors if t.rule != "combine"],
+        "copied": [
+            {"tensor": t.name, "rule": t.rule, "why": t.why} for t in job.plan.tensors if t.rule in ("cast", "copy")
+        ],
+        "rules": [{"rule": rule, "what": what} for rule, what in job.plan.rules],
+        "matched": [{"tensor": t.name, "how": t.matched} for t in job.plan.tensors if t.matched],
         "left_out": [{"tensor": name, "why": why} for name, why in job.plan.left_out],
+        "sidecars": [{"file": file.name, "from": file.uri} for file in job.plan.sidecars],
+        "files_left_out": [{"file": name, "why": why} for name, why in job.plan.files_left_out],
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in job.plan.shards],
         "pieces": len(job.plan.pieces),
         "bytes_read": job.bytes_in,

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES
+from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, item_bytes
+from rv_distributed.checkpoint.header import tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
-from rv_distributed.checkpoint.uris import join
+from rv_distributed.checkpoint.sources import BlockScaled, LowRank, Source, path_of
 from rv_distributed.comparison.model import Diff, Sums, TensorDiff, Unlike, sums_of
 from rv_distributed.errors import InputError, PieceError, Problem
 from rv_distributed.measures import Leaf, add_up
 from rv_distributed.opening import open_checkpoint
-from rv_distributed.plan import Operand, PieceTask, Plan, ShardPlan, TensorPlan, cut_pieces, task_of
+from rv_distributed.plan import PieceTask, Plan, Segment, ShardPlan, TensorPlan, as_numbers, cut_pieces, task_of
 from rv_distributed.plan.model import VectorOperand
 from rv_distributed.recipe import Arithmetic, Weights
+from rv_distributed.runtime.decoding import read_source
 from rv_distributed.runtime.dry import DryStream, dry_config, each_piece
 from rv_distributed.runtime.model import BLOCK_BYTES
-from rv_distributed.storage.same import windows
 
+_READ_BYTES: Final = 8 << 20
 DiffProgress = Callable[[int, int], None]
 """Called with the bytes compared so far, and those in all."""
 
@@ -47,7 +47,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Diff
     alike = [pair for pair in pairs if _is_alike(pair)]
     measured = [pair for pair in alike if pair.b.dtype in ARITHMETIC]
     opaque = [pair for pair in alike if pair.b.dtype not in ARITHMETIC]
-    total = sum(pair.b.stop - pair.b.start for pair in alike)
+    total = sum(_nbytes(pair) for pair in alike)
     done = 0
 
     def count(nbytes: int) -> None:
@@ -59,12 +59,12 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Diff
     found = dict(_measure(one, other, measured, count))
     for pair in opaque:
         found[pair.name] = Sums(1, pair.b.elements, _differing(one, other, pair))
-        count(pair.b.stop - pair.b.start)
+        count(_nbytes(pair))
     return Diff(
-        a=one.uri,
-        b=other.uri,
+        a=one.name,
+        b=other.name,
         tensors=tuple(
-            TensorDiff(name, x.dtype, y.dtype, y.shape, y.dtype in ARITHMETIC, found[name]) for name, x, y in alike
+            TensorDiff(name, _dtype(x), _dtype(y), y.shape, y.dtype in ARITHMETIC, found[name]) for name, x, y in alike
         ),
         unlike=tuple(Unlike(name, _form(x), _form(y)) for name, x, y in pairs if name not in found),
         only_in_a=tuple(name for name in one.tensors if name not in other.tensors),
@@ -82,7 +82,10 @@ def _open(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[Checkpo
             problems += error.problems
     if problems:
         raise InputError(problems)
-    return opened[0], opened[1]
+    numbers, problems = as_numbers({str(number): checkpoint for number, checkpoint in enumerate(opened)})
+    if problems:
+        raise InputError(problems)
+    return numbers["0"], numbers["1"]
 
 
 def _is_alike(pair: _Pair) -> bool:
@@ -90,8 +93,17 @@ def _is_alike(pair: _Pair) -> bool:
     return pair.a.shape == pair.b.shape and (same or {pair.a.dtype, pair.b.dtype} <= ARITHMETIC.keys())
 
 
+def _nbytes(pair: _Pair) -> int:
+    return tensor_bytes(pair.b.dtype, pair.b.shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    """As it is stored."""
+    return tensor.source.weight.dtype if isinstance(tensor.source, BlockScaled) else tensor.dtype
+
+
 def _form(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
+    return f"{_dtype(tensor)} {list(tensor.shape)}"
 
 
 def _measure(
@@ -127,10 +139,11 @@ def _plan(one: Checkpoint, other: Checkpoint, pairs: list[_Pair]) -> Plan:
     weights = (Weights((1.0,)),)
     tensors, end = [], 0
     for name, x, y in pairs:
-        start, end = end, end + y.stop - y.start
-        target, plus = (Operand(join(c.uri, t.file), t.start, t.dtype) for c, t in ((other, y), (one, x)))
-        vectors = (VectorOperand(0, plus, target),)
-        tensors.append(TensorPlan(name, y.dtype, y.shape, 0, start, end, "combine", target, vectors, "", weights))
+        nbytes = tensor_bytes(y.dtype, y.shape)
+        start, end = end, end + nbytes
+        target = other.source(y)
+        segment = Segment(nbytes, target, (VectorOperand(0, one.source(x), target),), weights)
+        tensors.append(TensorPlan(name, y.dtype, y.shape, 0, start, end, "combine", (segment,), "", ""))
     return Plan(
         operation="transfer",
         inputs=(),
@@ -147,15 +160,23 @@ def _plan(one: Checkpoint, other: Checkpoint, pairs: list[_Pair]) -> Plan:
 
 def _differing(one: Checkpoint, other: Checkpoint, pair: _Pair) -> int:
     """Elements with other bytes, of a dtype that arithmetic does not read."""
-    width = max(1, (pair.b.stop - pair.b.start) // max(1, math.prod(pair.b.shape)))
-    paths = [join(one.uri, pair.a.file), join(other.uri, pair.b.file)]
+    sources = _as_bytes(one, pair.a), _as_bytes(other, pair.b)
+    width = item_bytes(pair.b.dtype)
+    nbytes = pair.b.elements * width
     differing = 0
-    try:
-        with closing(windows((paths[0], pair.a.start), (paths[1], pair.b.start), pair.b.stop - pair.b.start)) as read:
-            for x, y in read:
-                rows = [np.frombuffer(window, np.uint8).reshape(-1, width) for window in (x, y)]
-                differing += int(np.count_nonzero((rows[0] != rows[1]).any(axis=1)))
-    except OSError as error:
-        cause = f"cannot be read: {error.strerror or error}"
-        raise PieceError(cause, paths[0], pair.a.start, pair.a.stop, (pair.name,)) from error
+    for start in range(0, nbytes, _READ_BYTES // width * width):
+        size = min(_READ_BYTES // width * width, nbytes - start)
+        try:
+            x, y = (read_source(source, start, size).reshape(-1, width) for source in sources)
+        except OSError as error:
+            path = path_of(sources[0], start)
+            raise PieceError(f"cannot be read: {error}", path, pair.a.start, pair.a.stop, (pair.name,)) from error
+        differing += int(np.count_nonzero((x != y).any(axis=1)))
     return differing
+
+
+def _as_bytes(checkpoint: Checkpoint, tensor: Tensor) -> Source:
+    source = checkpoint.source(tensor)
+    if isinstance(source, BlockScaled | LowRank):
+        raise TypeError(f"{tensor.dtype} of {source} is computed")
+    return source.as_bytes()

@@ -23,7 +23,7 @@ from rv_distributed.measures import Measures
 from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 _COMPUTE_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
-TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 class Combiner:
@@ -65,7 +65,7 @@ class Combiner:
         """Fill each of ``outs`` with ``target + Σ αₖ·vₖ``, with its own ``weights``.
 
         All tensors have one dimension and the same length, at most ``block_elements``; their dtypes are
-        float32, bfloat16 or float16 in any mixture. An output whose alphas are all 0 gets the target's
+        float32, bfloat16, float16 or float64 in any mixture. An output whose alphas are all 0 gets the target's
         own values. Without a target, which goes with the orders ``sum`` and ``fused`` only, it is 0. They are the
         elements from ``first`` of the tensor ``name``, on which stochastic rounding depends. Returns the measures of
         each output.

@@ -88,13 +88,16 @@ class CompiledCombiner:
         return [_measures(*of) for of in zip(sums, counts, scales, strict=True)]
 
     def _keys(self, name: str, first: int, dtype: str) -> npt.NDArray[np.uint32]:
-        """Those of the words from the first element's on and of the ones after them, and where the former end."""
         if self._arithmetic.rounding == "nearest":
             return np.empty(0, np.uint32)
-        high = (first // 2 if dtype == "BF16" else first) // COUNTERS
-        seed = self._arithmetic.seed
-        keys = [*noise_keys(seed, name, high), *noise_keys(seed, name, high + 1), high % COUNTERS, high // COUNTERS]
-        return np.array(keys, np.uint32)
+        return word_keys(self._arithmetic.seed, name, first // 2 if dtype == "BF16" else first)
+
+
+def word_keys(seed: int, name: str, first: int) -> npt.NDArray[np.uint32]:
+    """The keys of a tensor's words from word ``first`` on and of the ones after them, and where the former end."""
+    high = first // COUNTERS
+    keys = [*noise_keys(seed, name, high), *noise_keys(seed, name, high + 1), high % COUNTERS, high // COUNTERS]
+    return np.array(keys, np.uint32)
 
 
 def _numbers(operand: RawOperand | None) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from rv_distributed.recipe import Stats
 
 #: Temporaries are made for this many elements at a time on a processor, to keep them few and in the caches.
 _SLICE: Final = 1 << 16
-_BITS: Final = {2: torch.int16, 4: torch.int32}
+_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST_STEPS: Final = torch.iinfo(torch.int64).max
 
 
 def measure(out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats) -> Measures:
@@ -72,7 +73,11 @@ def _nonfinite(out: Tensor, where: Tensor, t: Tensor, v: Tensor) -> Measures:
 
 def _steps(one: Tensor, other: Tensor) -> Tensor:
     """How many numbers of their dtype two tensors' elements are apart."""
-    return (_places(one) - _places(other)).abs()
+    here, there = _places(one), _places(other)
+    apart = here - there
+    # Numbers of 64 bits and of other signs may be too far apart to be counted.
+    wrapped = ((here ^ there) & (here ^ apart)) < 0
+    return apart.abs().masked_fill_(wrapped, _MOST_STEPS)
 
 
 def _places(values: Tensor) -> Tensor:

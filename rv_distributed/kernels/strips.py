@@ -16,6 +16,8 @@ from typing import Any, Final
 import numpy as np
 from numba import njit
 
+from rv_distributed.kernels.entry import PLAIN, Entry
+
 #: Codes of dtypes, by their safetensors names.
 CODES: Final = {"BF16": 0, "F16": 1, "F32": 2}
 NO_TENSOR: Final = -1
@@ -40,52 +42,23 @@ _FLOAT, _DOUBLE = np.float32, np.float64
 Array = Any
 Convert = Callable[[Any], Any]
 
-_PLAIN: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-_SUMS: Final[dict[str, Any]] = {**_PLAIN, "fastmath": {"reassoc", "contract", "nsz"}}
+_SUMS: Final[dict[str, Any]] = {**PLAIN, "fastmath": {"reassoc", "contract", "nsz"}}
 
 
-class _Entry:
-    """A function that is compiled when it is first called, or taken from Numba's cache.
-
-    The cache is a folder beside this file, or in the user's own, or nowhere; it may be full, or damaged by a power cut.
-    None of that is a reason to fail: then the machine code is made anew, and not kept.
-    """
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-        self._ready = False
-        try:
-            self._compiled = njit(cache=True, **_PLAIN)(function)
-        except RuntimeError:
-            self._compiled = njit(**_PLAIN)(function)
-
-    def __call__(self, *args: object) -> None:
-        if self._ready:
-            self._compiled(*args)
-            return
-        try:
-            self._compiled(*args)
-        except Exception:
-            # Nothing has run yet: what is compiled raises no exception.
-            self._compiled = njit(**_PLAIN)(self._function)
-            self._compiled(*args)
-        self._ready = True
-
-
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _copy(source: Array, into: Array) -> None:
     # Numba compiles an assignment to a slice four times as long, for the sake of its error messages.
     for i in range(into.size):
         into[i] = source[i]
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _fill(into: Array, value: int) -> None:
     for i in range(into.size):
         into[i] = value
 
 
-@njit(**_PLAIN, inline="always")
+@njit(**PLAIN, inline="always")
 def _aligned(raw: Array, at: int, count: int, width: int, spare: Array) -> Array:
     """``count`` elements of ``raw`` from byte ``at``: in place, or in ``spare`` where they lie at odd addresses."""
     if at % width == 0:
@@ -95,12 +68,12 @@ def _aligned(raw: Array, at: int, count: int, width: int, spare: Array) -> Array
     return into
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _from_bf16(bits: Any) -> Any:
     return _U32(_U32(bits) << _U32(16)).view(_FLOAT)
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _from_f16(bits: Any) -> Any:
     # The exponents' biases differ by 112; multiplying makes subnormal numbers normal on the way.
     value = _FLOAT(_U32(_U32(bits & _U16(0x7FFF)) << _U32(13)).view(_FLOAT) * _FLOAT(2.0**112))
@@ -110,12 +83,12 @@ def _from_f16(bits: Any) -> Any:
     return _U32(magnitude | _U32(_U32(bits & _U16(0x8000)) << _U32(16))).view(_FLOAT)
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _as_f32(value: Any) -> Any:
     return value
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _to_bf16(value: Any) -> Any:
     bits = _FLOAT(value).view(_U32)
     # Half a unit, or just less where the last bit is 0: what is larger carries into the upper half.
@@ -124,7 +97,7 @@ def _to_bf16(value: Any) -> Any:
     return _U16(0x7FC0) if is_nan else _U16(_U32(bits + half) >> _U32(16))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _to_f16(value: Any) -> Any:
     bits = _FLOAT(value).view(_U32)
     sign = _U32(_U32(bits >> _U32(16)) & _U32(0x8000))
@@ -143,7 +116,7 @@ def _to_f16(value: Any) -> Any:
 
 
 def _converting(convert: Convert) -> Callable[..., None]:
-    @njit(**_PLAIN)
+    @njit(**PLAIN)
     def loop(source: Array, into: Array) -> None:
         for i in range(into.size):
             into[i] = convert(source[i])
@@ -155,7 +128,7 @@ _widen_bf16, _widen_f16 = _converting(_from_bf16), _converting(_from_f16)
 _narrow_to_bf16, _narrow_to_f16 = _converting(_to_bf16), _converting(_to_f16)
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _widen(raw: Array, code: int, into: Array) -> None:
     """Float32 from the elements of ``raw``; exact."""
     if code == _BF16:
@@ -166,7 +139,7 @@ def _widen(raw: Array, code: int, into: Array) -> None:
         _copy(raw.view(_FLOAT), into)
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _narrow(values: Array, code: int, raw: Array) -> None:
     """The values rounded to nearest even, as elements of ``raw``."""
     if code == _BF16:
@@ -177,7 +150,7 @@ def _narrow(values: Array, code: int, raw: Array) -> None:
         _copy(values, raw.view(_FLOAT))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _fill_words(first: int, key: int, other_key: int, into: Array) -> None:
     start = _U32(first & 0xFFFFFFFF)
     for i in range(into.size):
@@ -189,7 +162,7 @@ def _fill_words(first: int, key: int, other_key: int, into: Array) -> None:
         into[i] = _U32(x ^ _U32(x >> _U32(14)))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _fill_noise(first: int, keys: Array, into: Array) -> None:
     """The words of `rv_distributed.kernels.noise` from index ``first`` on; the keys change with its upper half."""
     border = ((_I64(keys[4]) | _I64(keys[5]) << 32) + 1) << 32
@@ -198,7 +171,7 @@ def _fill_noise(first: int, keys: Array, into: Array) -> None:
     _fill_words(first + before, keys[2], keys[3], into[before:])
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _narrow_by_chance(values: Array, code: int, raw: Array, first: int, keys: Array, words: Array) -> None:
     """As `_narrow`, but stochastically, for the dtypes of 16 bits; ``first`` is the first element in its tensor, and
     ``words`` (uint32) is scratch for one more than the values.
@@ -232,7 +205,7 @@ def _narrow_by_chance(values: Array, code: int, raw: Array, first: int, keys: Ar
 
 
 def _subtracting(convert: Convert) -> Callable[..., None]:
-    @njit(**_PLAIN)
+    @njit(**PLAIN)
     def loop(values: Array, source: Array) -> None:
         for i in range(values.size):
             values[i] = _FLOAT(values[i] - convert(source[i]))
@@ -243,7 +216,7 @@ def _subtracting(convert: Convert) -> Callable[..., None]:
 _subtract_bf16, _subtract_f16, _subtract_f32 = map(_subtracting, (_from_bf16, _from_f16, _as_f32))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _subtract(values: Array, raw: Array, code: int) -> None:
     """Take the elements of ``raw`` from the values."""
     if code == _BF16:
@@ -254,28 +227,28 @@ def _subtract(values: Array, raw: Array, code: int) -> None:
         _subtract_f32(values, raw.view(_FLOAT))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _add_scaled(values: Array, d: Array, alpha: float) -> None:
     """``values = RN(values + RN(alpha·d))``, in place: with one array in two roles, `_scale_and_add` is no vectors."""
     for i in range(d.size):
         values[i] = _FLOAT(values[i] + _FLOAT(alpha * d[i]))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _add_scaled_fused(values: Array, d: Array, alpha: float) -> None:
     """``values = RN(values + alpha·d)``: float64 holds every product of two float32."""
     for i in range(d.size):
         values[i] = _FLOAT(_DOUBLE(values[i]) + _DOUBLE(alpha) * _DOUBLE(d[i]))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _divide_and_scale(values: Array, divisor: float, scale: float) -> None:
     for i in range(values.size):
         values[i] = _FLOAT(_FLOAT(values[i] / divisor) * scale)
 
 
 def _scaling_and_adding(convert: Convert) -> Callable[..., None]:
-    @njit(**_PLAIN)
+    @njit(**PLAIN)
     def loop(values: Array, d: Array, alpha: float, into: Array) -> None:
         for i in range(d.size):
             into[i] = convert(_FLOAT(values[i] + _FLOAT(alpha * d[i])))
@@ -286,7 +259,7 @@ def _scaling_and_adding(convert: Convert) -> Callable[..., None]:
 _scale_and_add_to_bf16, _scale_and_add_to_f16, _scale_and_add = map(_scaling_and_adding, (_to_bf16, _to_f16, _as_f32))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _scale_add_and_narrow(values: Array, d: Array, alpha: float, code: int, raw: Array) -> None:
     """``RN(values + RN(alpha·d))`` rounded to nearest even, as elements of ``raw``."""
     if code == _BF16:
@@ -322,7 +295,7 @@ def _adding_sums(convert: Convert) -> Callable[..., None]:
 _add_sums_bf16, _add_sums_f16, _add_sums_f32 = map(_adding_sums, (_from_bf16, _from_f16, _as_f32))
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _add_sums(t: Array, v: Array, out: Array, code: int, alpha: float, sums: Array) -> None:
     """All sums, in float64, in which every product of two float32 is exact."""
     if code == _BF16:
@@ -343,7 +316,7 @@ def _add_squares(t: Array, v: Array, sums: Array) -> None:
     sums[T_SQ] += t_sq
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _find_steps16(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
     """How many numbers of a 16-bit dtype each element of ``out`` is away from that of ``target``.
 
@@ -364,7 +337,7 @@ def _find_steps16(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
     return _I64(most), _I64(largest)
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _find_steps32(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
     """As `_find_steps16`, of float32; ``steps`` end where uint16 does."""
     most = largest = _U32(0)
@@ -381,14 +354,14 @@ def _find_steps32(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
     return _I64(most), _I64(largest)
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _place(value: float) -> Any:
     """The place of a float32 in the sequence of all of them."""
     bits = _I64(_FLOAT(value).view(_U32))
     return -(bits & 0x7FFFFFFF) if bits >> 31 else bits
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _take_out_nonfinite(t: Array, v: Array, o: Array, steps: Array, counts: Array) -> Any:
     """Count the changes from or to NaN and infinity, between which and other numbers there are no steps, and set
     their steps to 0; returns the most of the others. Called where there are some, which is rare."""
@@ -406,7 +379,7 @@ def _take_out_nonfinite(t: Array, v: Array, o: Array, steps: Array, counts: Arra
     return most
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _count_changes(v: Array, steps: Array, counts: Array) -> None:
     """Largest magnitude and elements that are not 0, of v; elements that are changed, and that v could not change."""
     bits = v.view(_I32)
@@ -425,7 +398,7 @@ def _count_changes(v: Array, steps: Array, counts: Array) -> None:
     counts[ABSORBED] += absorbed
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _count_steps(steps: Array, ulps: Array) -> None:
     """How many are at least 1, 2, 3, 5, 9, 17, 65 and 257."""
     a = b = c = d = e = f = g = h = _U16(0)
@@ -443,7 +416,7 @@ def _count_steps(steps: Array, ulps: Array) -> None:
         ulps[place] += count
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _has_nonfinite(raw: Array, code: int) -> Any:
     if code == _F32:
         bits32 = raw.view(_U32)
@@ -458,7 +431,7 @@ def _has_nonfinite(raw: Array, code: int) -> Any:
     return top >= _U16(_INFINITY[code])
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _count_nonfinite(t: Array, v: Array, o: Array, first: int, counts: Array) -> None:
     """Called where there are some, which is rare."""
     for i in range(o.size):
@@ -474,7 +447,7 @@ def _count_nonfinite(t: Array, v: Array, o: Array, first: int, counts: Array) ->
                 counts[OVERFLOWED] += 1
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _measure(
     level: int,
     t: Array,
@@ -516,7 +489,7 @@ def _measure(
         _add_squares(t, v, sums)
 
 
-@njit(**_PLAIN)
+@njit(**PLAIN)
 def _count_inexact(d: Array, o: Array) -> Any:
     inexact = 0
     for i in range(d.size):
@@ -633,4 +606,18 @@ def _combine(
                 counts[k, INEXACT] += _count_inexact(d, o)
 
 
-combine: Final = _Entry(_combine)
+def _noise(first: int, keys: Array, into: Array) -> None:
+    """The words of `_fill_noise`, for what is rounded elsewhere."""
+    _fill_noise(first, keys, into)
+
+
+def _all_sums(t: Array, v: Array, out: Array, alpha: float, sums: Array) -> None:
+    """The sums of `_add_sums` over float32, for what is computed elsewhere."""
+    for first in range(0, v.size, STRIP):
+        last = min(first + STRIP, v.size)
+        _add_sums_f32(t[first:last], v[first:last], out[first:last], alpha, sums)
+
+
+combine: Final = Entry(_combine)
+noise: Final = Entry(_noise)
+all_sums: Final = Entry(_all_sums)

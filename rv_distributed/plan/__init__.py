@@ -1,9 +1,23 @@
 """Planning: pure functions from opened checkpoints to a `Plan`. No I/O, no torch, no ray."""
 
-from rv_distributed.plan.build import PlanOptions, make_plan
+from rv_distributed.checkpoint.sources import Operand, Source
+from rv_distributed.plan.build import make_plan
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, WHOLE_SHARDS, cut_pieces, task_of
-from rv_distributed.plan.model import Operand, Piece, PieceTask, Plan, PlannedInput, ShardPlan, Span, TensorPlan
+from rv_distributed.plan.model import (
+    Piece,
+    PieceTask,
+    Plan,
+    PlannedInput,
+    Requantized,
+    Segment,
+    ShardPlan,
+    Span,
+    TensorPlan,
+)
+from rv_distributed.plan.numbers import as_numbers
+from rv_distributed.plan.options import PlanOptions
+from rv_distributed.plan.requantize import is_of_scales
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -15,10 +29,15 @@ __all__ = [
     "Plan",
     "PlanOptions",
     "PlannedInput",
+    "Requantized",
+    "Segment",
     "ShardPlan",
+    "Source",
     "Span",
     "TensorPlan",
+    "as_numbers",
     "cut_pieces",
+    "is_of_scales",
     "make_plan",
     "misfits",
     "task_of",

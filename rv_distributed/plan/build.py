@@ -6,192 +6,125 @@ The frame (the target, or the donor when a vector is extracted) gives names, sha
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple, get_args
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
-from rv_distributed.checkpoint.dtypes import ARITHMETIC, DTYPES, FROM_USER
+from rv_distributed.checkpoint.config import vocab_size
+from rv_distributed.checkpoint.dtypes import ARITHMETIC, FROM_USER, item_bytes
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
-from rv_distributed.checkpoint.model import Checkpoint, Tensor
-from rv_distributed.checkpoint.uris import join
+from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.sidecars import sidecars_of
+from rv_distributed.checkpoint.sources import Source
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
-from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, cut_pieces, lay_out
-from rv_distributed.plan.model import Operand, Plan, PlannedInput, Rule, TensorPlan, VectorOperand
+from rv_distributed.plan.finding import Finder, Frame
+from rv_distributed.plan.layout import cut_pieces, lay_out
+from rv_distributed.plan.matching import Match, Pair, Side, match
+from rv_distributed.plan.model import Plan, PlannedInput, PlannedSidecar, Rule, Segment, TensorPlan
+from rv_distributed.plan.numbers import as_numbers, copied, is_stored
+from rv_distributed.plan.options import PlanOptions
+from rv_distributed.plan.requantize import Draft, is_of_scales, requantized, with_places
 from rv_distributed.plan.weights import Weigher
-from rv_distributed.recipe import (
-    Arithmetic,
-    ByTensor,
-    ComputeDType,
-    Recipe,
-    Rounding,
-    Stats,
-    Weights,
-    check_pattern,
-    show_alpha,
-)
+from rv_distributed.recipe import Arithmetic, ByTensor, Recipe, show_alpha
+from rv_distributed.units import plural
 
 _MAX_REPORTED: Final = 20
-
-
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """The options that decide what is written."""
-
-    dtype: str = "auto"
-    """Of the output's F16, BF16 and F32 tensors: float32, bfloat16, float16, or auto: the target's own, tensor
-    by tensor, and float32 for a vector."""
-    max_shard_bytes: int = 5_000_000_000
-    """Most tensor data in one shard; a larger tensor gets a shard to itself."""
-    include: str | None = None
-    """Only tensors whose name this regular expression finds get the vectors."""
-    exclude: str | None = None
-    """Tensors whose name this regular expression finds do not get the vectors."""
-    piece_bytes: int = PIECE_BYTES
-    """Size of the unit of scheduling: 1 MiB times a power of two."""
-    rounding: Rounding = "nearest"
-    """To outputs of 16 bits: nearest (even), or stochastic, whose expectation is the value that is rounded."""
-    seed: int = 0
-    """Of stochastic rounding: 0 to 2⁶⁴ − 1. The same seed gives the same bytes, wherever they are computed."""
-    compute_dtype: ComputeDType = "float32"
-    """In which the arithmetic is done, and alpha used."""
-    stats: Stats = "full"
-    """What is measured of every tensor: see the README. It changes the table and the manifest, not the weights."""
-
-    def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in FROM_USER:
-            raise UsageError(f"dtype {self.dtype!r} is not one of auto, {', '.join(sorted(FROM_USER))}")
-        if self.max_shard_bytes <= 0:
-            raise UsageError("the largest shard must have a positive size")
-        # Then the measures add up to the same sums for every size.
-        if self.piece_bytes < PIECE_ALIGNMENT or self.piece_bytes & (self.piece_bytes - 1):
-            raise UsageError(f"pieces must be of 1 MiB times a power of two, not of {self.piece_bytes} bytes")
-        if self.rounding not in get_args(Rounding):
-            raise UsageError(f"rounding {self.rounding!r} is not one of {', '.join(get_args(Rounding))}")
-        if self.compute_dtype not in get_args(ComputeDType):
-            raise UsageError(f"compute dtype {self.compute_dtype!r} is not one of {', '.join(get_args(ComputeDType))}")
-        if self.stats not in get_args(Stats):
-            raise UsageError(f"stats {self.stats!r} is not one of {', '.join(get_args(Stats))}")
-        if not 0 <= self.seed < 1 << 64:
-            raise UsageError(f"--seed: {self.seed} is not between 0 and 2⁶⁴ − 1")
-        if self.seed and self.rounding != "stochastic":
-            raise UsageError(f"--seed {self.seed} changes nothing without --rounding stochastic; give both or neither")
-        for pattern in (self.include, self.exclude):
-            check_pattern(pattern or "")
-
-    @property
-    def is_selective(self) -> bool:
-        return self.include is not None or self.exclude is not None
-
-    def selects(self, name: str) -> bool:
-        """Whether a tensor of this name gets the vectors."""
-        return (self.include is None or re.search(self.include, name) is not None) and (
-            self.exclude is None or re.search(self.exclude, name) is None
-        )
-
-
-class _Draft(NamedTuple):
-    """A tensor of the output that has no place yet; see `TensorPlan`."""
-
-    name: str
-    tensor: Tensor
-    """Of the frame."""
-    rule: Rule
-    dtype: str
-    operands: tuple[VectorOperand, ...]
-    why: str
-    weights: tuple[Weights, ...]
-
-
-class _Pair(NamedTuple):
-    """One vector's checkpoints, with the vector's index in the recipe."""
-
-    vector: int
-    plus: Checkpoint
-    minus: Checkpoint | None
 
 
 def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> Plan:
     """Plan ``recipe`` over ``opened`` (its checkpoints by the names it gives them).
 
-    Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection.
+    Raises InputError with every problem of matching the checkpoints; UsageError for an empty selection, and for options
+    that do not go with the recipe.
     """
-    pairs = [
-        _Pair(number, opened[vector.plus], opened[vector.minus] if vector.minus is not None else None)
-        for number, vector in ((number, recipe.vectors[number]) for number in recipe.used)
-    ]
-    frame = opened[recipe.frame]
     extracting = recipe.operation == "extract"
+    if extracting and options.requantize:
+        raise UsageError("--requantize is for models; a vector is stored in float32, or in another --dtype")
+    stored = {name: opened[name] for name in recipe.inputs}
+    numbers, problems = as_numbers(stored)
+    opened = {**opened, **numbers}
+    frame, giver = opened[recipe.frame], opened[recipe.giver(options.sidecars_from)]
     wanted = "float32" if extracting and options.dtype == "auto" else options.dtype
     weigher = Weigher(recipe, frame.tensors, options.compute_dtype)
 
-    selects = options.selects if options.is_selective else None
-    problems = misfits([opened[name] for name in recipe.inputs], selects) if pairs else []
-    left_out = _only_elsewhere(frame, pairs)
-    planned: list[_Draft] = []
-    for name, tensor in frame.tensors.items():
-        operands, why = _match(frame, name, tensor, pairs, options, problems, recipe)
-        if extracting and not operands:
-            left_out.append((name, why))
+    pairs = _pairs(recipe, opened, options)
+    problems += misfits(list(stored.values()), options) if pairs else []
+    matching = match(Frame(frame, recipe.frame_role), pairs, options)
+    problems += [*matching.problems, *_giver_problems(frame, giver)]
+    left_out = list(matching.left_out)
+    drafts: list[Draft] = []
+    for (name, tensor), matched in zip(frame.tensors.items(), matching.tensors, strict=True):
+        if extracting and not matched.stretches:
+            left_out.append((name, matched.why))
             continue
-        weights = weigher.of(name, [operand.vector for operand in operands])
-        if operands and recipe.target is not None and not any(of_output.moves for of_output in weights):
-            operands, why, weights = (), "alpha is 0", weigher.of(name, ())
+        own = frame.source(tensor), copied(frame, tensor)
+        segments = _segments(weigher, name, matched, own if recipe.target is not None else None)
+        if segments and recipe.target is not None and not any(each.moves for s in segments for each in s.weights):
+            segments, matched = (), Match((), "alpha is 0", "")
         dtype = FROM_USER[wanted] if wanted != "auto" and tensor.dtype in ARITHMETIC else tensor.dtype
-        rule: Rule = "combine" if operands else "copy" if dtype == tensor.dtype else "cast"
-        planned.append(_Draft(name, tensor, rule, dtype, operands, why, weights))
-    if pairs and not any(draft.rule == "combine" for draft in planned) and not problems:
-        if any(draft.why == "alpha is 0" for draft in planned):
+        rule: Rule = "combine" if segments else "copy" if dtype == tensor.dtype and is_stored(tensor) else "cast"
+        segments = segments or (Segment(tensor.elements, own[1], (), weigher.of(name, ())),)
+        drafts.append(Draft(name, tensor, rule, dtype, segments, matched.why, matched.matched))
+    if pairs and not problems and not any(draft.rule == "combine" for draft in drafts):
+        if any(draft.why == "alpha is 0" for draft in drafts):
             raise UsageError("the alphas are 0 for every tensor")
         if options.is_selective:
             raise UsageError("--include and --exclude leave no tensor to compute")
-        others = dict.fromkeys(
-            c.uri for pair in pairs for c in (pair.plus, pair.minus) if c is not None and c is not frame
-        )
-        what = f"has no tensor in common with {', '.join(others)}"
+        others = dict.fromkeys(side.finder.checkpoint.name for pair in pairs for side in pair.sides)
+        what = f"has no tensor in common with {', '.join(name for name in others if name != frame.name)}"
         problems.append(Problem(frame.uri, what, "Check that all inputs are models of one architecture."))
+    scales: list[Draft] = []
+    if options.requantize:
+        drafts, scales, wrong = requantized(drafts, stored[recipe.frame], weigher.of("", ()))
+        problems += wrong
     if problems:
         raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))
 
+    drafts += scales
     try:
         shards = lay_out(
-            [(d.name, d.dtype, d.tensor.shape, tensor_bytes(d.dtype, d.tensor.shape)) for d in planned],
+            [(d.name, d.dtype, d.tensor.shape, tensor_bytes(d.dtype, d.tensor.shape)) for d in drafts],
             options.max_shard_bytes,
+            apart=len(scales),
         )
     except HeaderError as error:
         raise UsageError(f"{error.what}; choose a smaller --max-shard-size") from None
     tensors = []
     for index, shard in enumerate(shards):
         end = len(shard.header)
-        for name, tensor, rule, dtype, operands, why, weights in planned[shard.first : shard.first + shard.length]:
+        for name, tensor, rule, dtype, segments, why, as_, how in drafts[shard.first : shard.first + shard.length]:
             start, end = end, end + tensor_bytes(dtype, tensor.shape)
-            target = None if recipe.target is None and operands else _operand(frame, tensor)
-            tensors.append(
-                TensorPlan(name, dtype, tensor.shape, index, start, end, rule, target, operands, why, weights)
-            )
+            cut = _cut(segments, dtype, end - start)
+            tensors.append(TensorPlan(name, dtype, tensor.shape, index, start, end, rule, cut, why, as_, how))
     return Plan(
         operation=recipe.operation,
-        inputs=_inputs(recipe, opened),
+        inputs=_inputs(recipe, opened, options),
         alphas=weigher.stated,
         arithmetic=Arithmetic(options.compute_dtype, options.rounding, options.seed, recipe.order),
         stats=options.stats,
-        tensors=tuple(tensors),
+        tensors=with_places(tensors, [shard.name for shard in shards]),
         shards=shards,
-        pieces=cut_pieces([shard.size for shard in shards], options.piece_bytes),
+        # The shards of scales come out of the pieces of the others.
+        pieces=cut_pieces([0 if is_of_scales(shard, tensors) else shard.size for shard in shards], options.piece_bytes),
         left_out=tuple(left_out),
-        options=(
-            ("dtype", wanted),
-            ("max_shard_bytes", str(options.max_shard_bytes)),
-            ("include", options.include or ""),
-            ("exclude", options.exclude or ""),
-            ("rounding", options.rounding),
-            ("seed", str(options.seed)),
-            ("compute_dtype", options.compute_dtype),
-            ("stats", options.stats),
-            *_sum_options(recipe),
-        ),
+        giver=giver.uri,
+        sidecars=tuple(PlannedSidecar(owner.uri, file.name, file.size) for owner, file in sidecars_of(frame, giver)),
+        files_left_out=giver.left_out,
+        rules=(*matching.rules, *_rules_of_numbers(tensors)),
+        options=(*options.recorded(wanted), *_sum_options(recipe)),
     )
+
+
+def _rules_of_numbers(tensors: Sequence[TensorPlan]) -> Iterator[tuple[str, str]]:
+    """How elements change on their way from the inputs to the output, in words."""
+    for rule, texts in (
+        ("dtypes", [f"{of} → {tensor.dtype}" for tensor in tensors if (of := tensor.input_dtypes)]),
+        ("decoded", [tensor.decoded for tensor in tensors]),
+        ("requantized", [tensor.requantized.described for tensor in tensors if tensor.requantized is not None]),
+    ):
+        for text, count in Counter(filter(None, texts)).most_common():
+            yield rule, f"{text} ({plural(count, 'tensor')})"
 
 
 def _sum_options(recipe: Recipe) -> list[tuple[str, str]]:
@@ -201,72 +134,58 @@ def _sum_options(recipe: Recipe) -> list[tuple[str, str]]:
     return [("normalize", str(recipe.normalize).lower()), ("scale", scale)]
 
 
-def _match(
-    frame: Checkpoint,
-    name: str,
-    tensor: Tensor,
-    pairs: Sequence[_Pair],
-    options: PlanOptions,
-    problems: list[Problem],
-    recipe: Recipe,
-) -> tuple[tuple[VectorOperand, ...], str]:
-    """The vectors' operands for one tensor of the frame, and why there are none, if so."""
-    if not pairs:
-        return (), "alpha is 0"
-    if not options.selects(name):
-        return (), "not selected by --include and --exclude"
-    operands, why, blamed = [], "not in any vector", False
-    for pair in pairs:
-        plus = pair.plus.tensors.get(name)
-        minus = pair.minus.tensors.get(name) if pair.minus is not None else None
-        if plus is None or (pair.minus is not None and minus is None):
-            if plus is not None or minus is not None:
-                why = f"not in the {'donor' if plus is None else 'reference'}"
-            elif recipe.operation == "linear":
-                remedy = "Give models with the same tensors, or leave the tensor out with --exclude."
-                problems.append(Problem(pair.plus.uri, f"is not there, but in {frame.uri}", remedy, name))
-            continue
-        present = [(pair.plus, plus)] + ([(pair.minus, minus)] if pair.minus is not None and minus is not None else [])
-        if not DTYPES[tensor.dtype].is_float:
-            why = f"{tensor.dtype} is not a floating-point dtype"
-            continue
-        sound = tensor.dtype in ARITHMETIC
-        if not sound and not blamed:
-            problems.append(_cannot_compute(frame.uri, name, tensor.dtype))
-            blamed = True
-        for checkpoint, other in present:
-            if other.shape != tensor.shape:
-                against = {"extract": "donor", "linear": "base"}.get(recipe.operation, "target")
-                what = f"has shape {list(other.shape)}, but {list(tensor.shape)} in the {against}"
-                remedy = "Check that the inputs are the same model, or leave the tensor out with --exclude."
-                problems.append(Problem(checkpoint.uri, what, remedy, name))
-                sound = False
-            elif other.dtype not in ARITHMETIC and tensor.dtype in ARITHMETIC:
-                problems.append(_cannot_compute(checkpoint.uri, name, other.dtype))
-                sound = False
-        if sound:
-            minus_operand = _operand(pair.minus, minus) if pair.minus is not None and minus is not None else None
-            operands.append(VectorOperand(pair.vector, _operand(pair.plus, plus), minus_operand))
-    return tuple(operands), "" if operands else why
+def _pairs(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> list[Pair]:
+    """The vectors that are used, with their checkpoints as the frame sees them."""
+    frame, finders = Frame(opened[recipe.frame], recipe.frame_role), dict[str, Finder]()
+    overlap = options.vocab_mismatch == "overlap"
+    if overlap and recipe.operation == "linear":
+        raise UsageError("--vocab-mismatch overlap: a sum of models has no target whose other rows could stay")
+
+    def side(role: str, name: str) -> Side:
+        checkpoint = opened[name]
+        if checkpoint.name not in finders:
+            finders[checkpoint.name] = Finder(checkpoint, frame, options.key_mapping, overlap=overlap)
+        return Side(role, finders[checkpoint.name])
+
+    pairs = []
+    for number in recipe.used:
+        vector = recipe.vectors[number]
+        if vector.minus is None:
+            role = "model" if recipe.operation == "linear" else "vector"
+            pairs.append(Pair(number, side(role, vector.plus), None))
+        else:
+            pairs.append(Pair(number, side("donor", vector.plus), side("reference", vector.minus)))
+    return pairs
 
 
-def _cannot_compute(where: str, name: str, dtype: str) -> Problem:
-    what = f"is {dtype}; arithmetic is done on {', '.join(ARITHMETIC)}"
-    return Problem(where, what, "Convert the checkpoint first, or leave the tensor out with --exclude.", name)
+def _segments(weigher: Weigher, name: str, matched: Match, target: tuple[Source, Source] | None) -> tuple[Segment, ...]:
+    """``target`` says where the tensor comes from: where it is computed with, and where it is copied."""
+    return tuple(
+        Segment(
+            stop,
+            target and target[not vectors],
+            vectors,
+            weigher.of(name, [operand.vector for operand in vectors]),
+        )
+        for stop, vectors in matched.stretches
+    )
 
 
-def _operand(checkpoint: Checkpoint, tensor: Tensor) -> Operand:
-    return Operand(join(checkpoint.uri, tensor.file), tensor.start, tensor.dtype)
+def _cut(segments: tuple[Segment, ...], dtype: str, nbytes: int) -> tuple[Segment, ...]:
+    """Segments by elements as segments by bytes, of a tensor of ``nbytes`` bytes."""
+    if len(segments) == 1:
+        return (segments[0]._replace(stop=nbytes),)
+    return tuple(segment._replace(stop=segment.stop * item_bytes(dtype)) for segment in segments)
 
 
-def _only_elsewhere(frame: Checkpoint, pairs: Sequence[_Pair]) -> list[tuple[str, str]]:
-    names: dict[str, str] = {}
-    for pair in pairs:
-        for checkpoint in (pair.plus, pair.minus):
-            if checkpoint is not None and checkpoint is not frame:
-                for name in checkpoint.tensors.keys() - frame.tensors.keys():
-                    names.setdefault(name, f"only in {checkpoint.uri}")
-    return sorted(names.items())
+def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
+    """Whether another input's tokenizer would have tokens that the output has no rows for."""
+    rows = vocab_size(frame.config)
+    last = max(giver.vocabulary or {0: ""})
+    if giver is frame or rows is None or last < rows:
+        return []
+    what = f"has a tokenizer with ids up to {last}, but the output has the {rows} rows of {frame.uri}"
+    return [Problem(giver.uri, what, "Take the small files of another input, or leave out --sidecars-from.")]
 
 
 def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:
@@ -276,21 +195,15 @@ def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:
     return [Problem(frame.uri, f"{more} more tensors have such problems", "Correct the ones above first.")]
 
 
-def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> tuple[PlannedInput, ...]:
-    roles = [("target", recipe.target)] if recipe.target is not None else []
-    roles += [("base", recipe.base)] if recipe.base is not None else []
-    for vector in recipe.vectors:
-        if vector.minus is None:
-            roles.append(("model" if recipe.operation == "linear" else "vector", vector.plus))
-        else:
-            roles += [("donor", vector.plus), ("reference", vector.minus)]
-    return tuple(
-        PlannedInput(
-            role,
-            opened[uri].uri,
-            opened[uri].fingerprint,
-            opened[uri].revision,
-            opened[uri].weight_files + (opened[uri].sidecars if number == 0 else ()),
-        )
-        for number, (role, uri) in enumerate(roles)
-    )
+def _inputs(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> tuple[PlannedInput, ...]:
+    given = sidecars_of(opened[recipe.frame], opened[recipe.giver(options.sidecars_from)])
+    planned, seen = [], set[str]()
+    for role, name in recipe.roles:
+        checkpoint = opened[name]
+        small = tuple(file for owner, file in given if owner is checkpoint and name not in seen)
+        seen.add(name)
+        for which, folder in zip((role, "adapter"), checkpoint.folders, strict=False):
+            # Small files go with the output; of an adapter, one decides what is computed.
+            files = folder.weight_files + (folder.sidecars if which == "adapter" else small)
+            planned.append(PlannedInput(which, folder.uri, folder.fingerprint, folder.revision, files))
+    return tuple(planned)

@@ -6,9 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.checkpoint.header import HeaderEntry, build_header
 from rv_distributed.checkpoint.index import shard_name
-from rv_distributed.plan.model import Piece, PieceTask, Plan, ShardPlan, Span
+from rv_distributed.checkpoint.sources import Operand, Source, narrowed
+from rv_distributed.plan.model import Piece, PieceTask, Plan, Segment, ShardPlan, Span, TensorPlan, VectorOperand
 
 #: Borders between pieces are multiples of this in the output file, so no two workers touch one page.
 PIECE_ALIGNMENT: Final = 1 << 20
@@ -31,12 +33,18 @@ def group_into_shards(sizes: Sequence[int], max_bytes: int) -> list[int]:
     return counts or [0]
 
 
-def lay_out(entries: Sequence[tuple[str, str, tuple[int, ...], int]], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
-    """The shards for tensors given as (name, dtype, shape, bytes), in that order.
+def lay_out(
+    entries: Sequence[tuple[str, str, tuple[int, ...], int]], max_shard_bytes: int, *, apart: int = 0
+) -> tuple[ShardPlan, ...]:
+    """The shards for tensors given as (name, dtype, shape, bytes), in that order; the last ``apart`` of them get shards
+    of their own.
 
     Raises HeaderError when a shard's header would pass what the format allows.
     """
-    counts = group_into_shards([entry[3] for entry in entries], max_shard_bytes)
+    sizes = [entry[3] for entry in entries]
+    border = len(sizes) - apart
+    counts = group_into_shards(sizes[:border], max_shard_bytes)
+    counts += group_into_shards(sizes[border:], max_shard_bytes) if apart else []
     shards, first = [], 0
     for number, count in enumerate(counts, 1):
         header_entries, end = {}, 0
@@ -74,18 +82,30 @@ def _spans(plan: Plan, piece: Piece) -> Iterator[Span]:
     index = bisect_right(plan.tensors, piece.start, shard.first, end, key=lambda tensor: tensor.stop)
     while index < end and plan.tensors[index].start < piece.stop:
         tensor = plan.tensors[index]
-        start, stop = max(tensor.start, piece.start), min(tensor.stop, piece.stop)
-        if start < stop:
-            yield Span(
-                index,
-                tensor.name,
-                tensor.dtype,
-                start - tensor.start,
-                stop - tensor.start,
-                start,
-                tensor.rule,
-                tensor.target,
-                tensor.vectors,
-                tensor.weights,
-            )
+        start, last = max(piece.start - tensor.start, 0), min(piece.stop, tensor.stop) - tensor.start
+        for segment in tensor.segments:
+            stop, at = min(segment.stop, last), tensor.start + start
+            if start < stop:
+                target, vectors = _narrowed(tensor, segment, start, stop)
+                how = tensor.rule, target, vectors, segment.weights, tensor.requantized
+                yield Span(index, tensor.name, tensor.dtype, start, stop, at, *how)
+                start = stop
         index += 1
+
+
+def _narrowed(
+    tensor: TensorPlan, segment: Segment, start: int, stop: int
+) -> tuple[Source | None, tuple[VectorOperand, ...]]:
+    """The operands of a segment, with no more in them than bytes ``start`` to ``stop`` of the tensor need."""
+    if all(isinstance(source, Operand) for source in segment.sources):
+        return segment.target, segment.vectors
+    item = 1 if tensor.is_opaque_in(segment) else item_bytes(tensor.dtype)
+    first, last = start // item, -(-stop // item)
+    if tensor.requantized is not None:
+        first, last = tensor.requantized.band(first)[0], tensor.requantized.band(last - 1)[1]
+
+    def less(source: Source) -> Source:
+        return narrowed(source, first, last - first)
+
+    vectors = (VectorOperand(v.vector, less(v.plus), less(v.minus) if v.minus else None) for v in segment.vectors)
+    return less(segment.target) if segment.target else None, tuple(vectors)

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from rv_distributed.checkpoint.key_mapping import KeyRule, flaw_of
 from rv_distributed.errors import UsageError
 from rv_distributed.plan import PlanOptions
-from rv_distributed.recipe import ComputeDType, Operation, Rounding, Stats, check_pattern
+from rv_distributed.recipe import ComputeDType, Missing, Operation, Role, Rounding, Stats, VocabMismatch, check_pattern
 from rv_distributed.units import parse_bytes
 
 _DEFAULTS: Final = PlanOptions()
@@ -26,6 +27,13 @@ def _regex(value: str) -> str:
         check_pattern(value)
     except UsageError as error:
         raise ValueError(str(error)) from None
+    return value
+
+
+def _rules(value: dict[str, str]) -> dict[str, str]:
+    for pattern, replacement in value.items():
+        if flaw := flaw_of(KeyRule(pattern, replacement)):
+            raise ValueError(flaw)
     return value
 
 
@@ -153,6 +161,16 @@ class RecipeFields(Fields):
     """Regular expression: only tensors whose name it finds get the vectors."""
     exclude: Regex | None = None
     """Regular expression: tensors whose name it finds do not get the vectors."""
+    vocab_mismatch: VocabMismatch = _DEFAULTS.vocab_mismatch
+    """Of vocabularies of other sizes; overlap: the rows that all have get the vectors."""
+    force_tokenizer_mismatch: bool = _DEFAULTS.force_tokenizer_mismatch
+    """Overlap also where tokenizers differ or cannot be compared."""
+    missing: Missing = _DEFAULTS.missing
+    """Of tensors that donor or reference lacks; copy: the target's stay as they are."""
+    key_mapping: Annotated[dict[Regex, str], AfterValidator(_rules)] = {}
+    """Regular expressions and what takes their place in the names of all inputs but the target, in this order."""
+    sidecars_from: Role | None = _DEFAULTS.sidecars_from
+    """Input whose tokenizer, chat template, licence and so on go with the output. Without: the target."""
     rounding: Rounding = _DEFAULTS.rounding
     """To outputs of 16 bits."""
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = _DEFAULTS.seed
@@ -161,6 +179,8 @@ class RecipeFields(Fields):
     """Of the arithmetic."""
     stats: Stats = _DEFAULTS.stats
     """What is measured."""
+    requantize: bool = _DEFAULTS.requantize
+    """Write the target's FP8 weights as FP8 again, with new scales."""
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -42,14 +42,20 @@ class LoadedRecipe:
 def resolve(name: str, folder: str) -> str:
     """A checkpoint's name in a recipe: a URI as it is, a path from ``folder`` on, which may be a URI itself, or else
     ``org/name`` on the Hub; and the two parts of ``model+adapter`` each by itself."""
+    start, place = name.partition("+")[0], _place(name, folder)
+    if is_remote(start) or "+" not in name or os.path.lexists(place):
+        return place
+    # What a folder's name itself holds is no end of the model's.
+    ends = [place for place, letter in enumerate(name) if letter == "+"]
+    end = next((end for end in ends if os.path.lexists(_place(name[:end], folder))), len(start))
+    return f"{_place(name[:end], folder)}+{_place(name[end + 1 :], folder)}"
+
+
+def _place(name: str, folder: str) -> str:
     if is_remote(name):
         return name
     path = os.path.expanduser(name)
-    in_store = is_remote(folder) and not os.path.isabs(path)
-    path = join(folder, name) if in_store else os.path.normpath(os.path.join(folder, path))
-    if os.path.lexists(path):
-        return path
-    if "+" in name:
-        model, _, adapter = name.partition("+")
-        return f"{resolve(model, folder)}+{resolve(adapter, folder)}"
-    return HUB + name if is_hub_name(name) and not in_store else path
+    if is_remote(folder) and not os.path.isabs(path):
+        return join(folder, name)
+    path = os.path.normpath(os.path.join(folder, path))
+    return HUB + name if is_hub_name(name) and not os.path.lexists(path) else path

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Final
 
+from rv_distributed.checkpoint.key_mapping import KeyRule
 from rv_distributed.checkpoint.uris import is_remote, parent
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan import PlanOptions
@@ -44,10 +45,16 @@ def from_own(document: Document) -> LoadedRecipe:
             max_shard_bytes=fields.max_shard_size,
             include=fields.include,
             exclude=fields.exclude,
+            vocab_mismatch=fields.vocab_mismatch,
+            force_tokenizer_mismatch=fields.force_tokenizer_mismatch,
+            missing=fields.missing,
+            key_mapping=tuple(KeyRule(*rule) for rule in fields.key_mapping.items()),
+            sidecars_from=fields.sidecars_from,
             rounding=fields.rounding,
             seed=fields.seed,
             compute_dtype=fields.compute_dtype,
             stats=fields.stats,
+            requantize=fields.requantize,
         )
     except UsageError as error:
         raise InputError([document.problem((), str(error), _SEE)]) from None

@@ -29,10 +29,16 @@ def recipe_text(recipe: Recipe, output: int, options: PlanOptions, uris: Mapping
         "max_shard_size": options.max_shard_bytes,
         "include": options.include,
         "exclude": options.exclude,
+        "vocab_mismatch": options.vocab_mismatch,
+        "force_tokenizer_mismatch": options.force_tokenizer_mismatch,
+        "missing": options.missing,
+        "key_mapping": dict(options.key_mapping),
+        "sidecars_from": options.sidecars_from,
         "rounding": options.rounding,
         "seed": options.seed,
         "compute_dtype": options.compute_dtype,
         "stats": options.stats,
+        "requantize": options.requantize,
     }
     return _HEAD + str(yaml.safe_dump(_escaped(document), sort_keys=False, allow_unicode=True, width=120))
 

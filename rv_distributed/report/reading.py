@@ -20,7 +20,7 @@ from rv_distributed.verification.output import open_output
 
 #: What a report asks the options of a manifest for.
 _OPTIONS: Final = ("stats", "rounding", "dtype")
-_RULES: Final = ("combine", "cast", "copy")
+_RULES: Final = ("combine", "cast", "copy", "scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _rows(folder: Folder, raw: bytes) -> list[TensorRow]:
     try:
         rows = read_table(raw)
         for row in rows:
-            texts = all(isinstance(text, str) for text in (row.dtype, row.why)) and row.rule in _RULES
+            texts = all(isinstance(text, str) for text in (row.dtype, row.why, row.matched)) and row.rule in _RULES
             counts = row.ulps is None or (len(row.ulps) == len(ULPS_FROM) and None not in row.ulps)
             if not texts or not counts or None in row.shape:
                 raise ValueError(f"is not a table of tensors: the row of {row.name!r} is not whole")

@@ -53,7 +53,7 @@ def verdict(output: Output, name: str) -> list[str]:
 def tables_of(output: Output) -> Iterator[Table]:
     """All tables of one output; those without rows are left out."""
     found = [_largest(output), _modules(output), _layers(output), _ulps(output), _not_computed(output)]
-    found += [_spans(output), _workers(output), *_provenance(output)]
+    found += [_matched(output), _spans(output), _workers(output), *_provenance(output)]
     return (table for table in found if table.rows)
 
 
@@ -115,13 +115,21 @@ def _not_computed(output: Output) -> Table:
     found: dict[tuple[str, str], list[str]] = {}
     for row in output.rows:
         if row.rule != "combine":
-            found.setdefault(({"copy": "copied", "cast": "cast"}[row.rule], row.why), []).append(row.name)
+            found.setdefault(({"copy": "copied", "cast": "cast", "scale": "scales"}[row.rule], row.why), []).append(
+                row.name
+            )
     for entry in output.manifest.left_out:
         found.setdefault(("left out", entry.why), []).append(entry.tensor)
     kept = sorted(found, key=lambda key: (key[0] == "left out", -len(found[key])))[:_MOST_SHOWN]
     rows = [(*key, f"{len(found[key]):,}", ", ".join(found[key][:3])) for key in kept]
     title = fit("What was not computed", len(kept), len(found))
     return Table(title, ("", "why", "tensors", "for instance"), rows)
+
+
+def _matched(output: Output) -> Table:
+    rules = output.manifest.rules[:_MOST_SHOWN]
+    title = _title("Matched otherwise than by name and shape", len(rules), len(output.manifest.rules))
+    return Table(title, ("rule", "what it did"), [(entry.rule, entry.what) for entry in rules])
 
 
 def _spans(output: Output) -> Table:

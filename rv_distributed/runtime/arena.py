@@ -2,7 +2,8 @@
 
 What lies in the page cache is copied just before it is computed with, so that it is still in the processor's caches
 then. What lies on this machine's storage is read for the whole chunk at once, as storage wants it. What comes over a
-network is asked for as soon as the chunk is known, all of it at once, and then waited for.
+network is asked for as soon as the chunk is known, all of it at once, and then waited for. What has to be decoded is
+decoded block by block, from what is read for it.
 
 `Arena.load` says which chunk is to come; then `Arena.need` is called before any of its bytes are looked at.
 """
@@ -18,9 +19,12 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from typing import Final
 
+from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.checkpoint.sources import ByteRange
 from rv_distributed.errors import PieceError
-from rv_distributed.runtime.buffers import Buffer, Bytes
-from rv_distributed.runtime.chunks import Chunk, Read
+from rv_distributed.runtime.buffers import Buffer, Bytes, read_range
+from rv_distributed.runtime.chunks import Chunk, Decoding, Read
+from rv_distributed.runtime.decoding import Decoder
 from rv_distributed.storage import Reader, open_reader
 from rv_distributed.storage.objects import REQUEST_BYTES
 
@@ -42,7 +46,11 @@ class Arena:
         self._done: list[int] = []
         self._fetches: dict[int, list[Future[None]]] = {}
         """By read, what has been asked for and not waited for yet."""
+        self._decodings: tuple[Decoding, ...] = ()
+        self._decoded: list[int] = []
+        self._decoded_from = 0
         self._names: tuple[str, ...] = ()
+        self.decoder = Decoder()
         self.bytes_read = 0
         """In all chunks so far."""
         self.read_s = 0.0
@@ -63,6 +71,9 @@ class Arena:
         self._reads, self._names = chunk.reads, names
         self._places = [read.at for read in chunk.reads]
         self._done = [0] * len(chunk.reads)
+        self._decodings = chunk.decodings
+        self._decoded = [0] * len(chunk.decodings)
+        self._decoded_from = chunk.decodings[0].at if chunk.decodings else chunk.arena_bytes
         for number, read in enumerate(chunk.reads):
             try:
                 reader = self._reader(read.path)
@@ -75,10 +86,13 @@ class Arena:
                 ]
 
     def need(self, at: int, nbytes: int) -> None:
-        """Return once ``nbytes`` bytes from ``at``, which lie in one of the chunk's reads, are there.
+        """Return once ``nbytes`` bytes from ``at``, which lie in one of the chunk's reads or decodings, are there.
 
         Raises PieceError when they cannot be read.
         """
+        if at >= self._decoded_from:
+            self._decode(at, nbytes)
+            return
         number = bisect_right(self._places, at) - 1
         read, done = self._reads[number], self._done[number]
         wanted = at + nbytes - read.at
@@ -107,6 +121,41 @@ class Arena:
         wait([fetch for fetch in fetches if not fetch.cancel()])
         self._fetches = {}
 
+    def _decode(self, at: int, nbytes: int) -> None:
+        """Decode what is not decoded yet of the bytes up to ``at + nbytes``."""
+        number = bisect_right(self._decodings, at, key=lambda decoding: decoding.at) - 1
+        decoding, done = self._decodings[number], self._decoded[number]
+        item = item_bytes(decoding.source.dtype)
+        wanted = (at + nbytes - decoding.at) // item
+        if wanted > done:
+            into = self.array[decoding.at + done * item : decoding.at + wanted * item]
+            self.decoder.decode(decoding.source, decoding.first + done, wanted - done, self._fetch, into)
+            self._decoded[number] = wanted
+
+    def _fetch(self, wanted: ByteRange) -> Bytes:
+        """The bytes of a range: of one of the chunk's reads, or else read into memory of their own."""
+        key = (wanted.path, wanted.offset)
+        number = bisect_right(self._reads, key, key=lambda read: (read.path, read.offset)) - 1
+        if number < 0:
+            return self._read_apart(wanted)
+        read = self._reads[number]
+        inside = wanted.offset - read.offset
+        if read.path != wanted.path or inside + wanted.nbytes > read.nbytes:
+            return self._read_apart(wanted)
+        self.need(read.at + inside, wanted.nbytes)
+        return self.array[read.at + inside : read.at + inside + wanted.nbytes]
+
+    def _read_apart(self, wanted: ByteRange) -> Bytes:
+        began = time.perf_counter()
+        try:
+            with self._off_the_processor():
+                found = read_range(self._reader(wanted.path), wanted)
+        except OSError as error:
+            raise self._failed(wanted, error) from error
+        self.bytes_read += wanted.nbytes
+        self.read_s += time.perf_counter() - began
+        return found
+
     def _wait_for_fetches(self, number: int) -> None:
         with self._off_the_processor():
             for fetch in self._fetches[number]:
@@ -134,7 +183,7 @@ class Arena:
             self._readers.popitem(last=False)[1].close()
         return reader
 
-    def _failed(self, read: Read, error: OSError) -> PieceError:
+    def _failed(self, read: Read | ByteRange, error: OSError) -> PieceError:
         cause = f"cannot be read: {error.strerror or error}"
         return PieceError(cause, read.path, read.offset, read.offset + read.nbytes, self._names)
 

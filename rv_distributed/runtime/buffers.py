@@ -7,6 +7,10 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
+from rv_distributed.checkpoint.sources import ByteRange
+from rv_distributed.storage import Reader
+from rv_distributed.storage.ranges import ALIGNMENT
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -41,3 +45,11 @@ class Buffer:
         self.view.release()
         # The mapping itself goes with its last reference; a tensor may still look at it.
         del self._memory, self.array
+
+
+def read_range(reader: Reader, wanted: ByteRange) -> Bytes:
+    """Some bytes of the reader's file, in memory of their own. Raises OSError."""
+    at = wanted.offset % ALIGNMENT
+    buffer = Buffer(at + wanted.nbytes + ALIGNMENT)
+    reader.read(buffer.view, at, wanted.offset, wanted.nbytes)
+    return buffer.array[at : at + wanted.nbytes]

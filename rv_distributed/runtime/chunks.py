@@ -2,7 +2,8 @@
 
 A chunk is a window of the output file. Each source range it needs is read once into an arena; ranges that
 touch in a file are read together. Arena places keep the file offset's remainder modulo the alignment of
-direct I/O, so that reading the aligned blocks around a range never hits its neighbours.
+direct I/O, so that reading the aligned blocks around a range never hits its neighbours. Behind all reads there is room
+for what is decoded from them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from rv_distributed.checkpoint.dtypes import ARITHMETIC, item_bytes
-from rv_distributed.plan import Operand, PieceTask, Span
+from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.checkpoint.sources import ByteRange, Decoded, Operand, Source
+from rv_distributed.measures import Leaf
+from rv_distributed.plan import PieceTask, Requantized, Span
 from rv_distributed.storage.ranges import ALIGNMENT, DIRECT_MIN_BYTES
 
 _SMALL_ALIGNMENT: Final = 64
@@ -24,6 +27,17 @@ class Read(NamedTuple):
     offset: int
     nbytes: int
     at: int
+
+
+class Decoding(NamedTuple):
+    """Elements of a source that have to be decoded, from bytes that the chunk's reads bring."""
+
+    at: int
+    """Where the first of them goes in the arena; behind all reads."""
+    source: Decoded
+    first: int
+    """Of the source's elements."""
+    elements: int
 
 
 class Part(NamedTuple):
@@ -39,11 +53,14 @@ class Part(NamedTuple):
     first: int
     """Index of its first element, in the whole tensor."""
     elements: int
-    """Elements that it touches. Of a tensor whose dtype no arithmetic reads, a byte counts as one."""
+    """Elements that it touches. Of an opaque span, a byte counts as one."""
     target: int
     """The target's place in the arena; -1 without a target."""
     vectors: tuple[tuple[int, int], ...]
     """Places of each vector's two operands; -1 where there is none."""
+    carried: int = 0
+    """Bytes at its start that come out of the chunk before: the rest of a band of a requantized tensor, whose elements
+    are not among these."""
 
 
 class Chunk(NamedTuple):
@@ -54,9 +71,33 @@ class Chunk(NamedTuple):
     literal: bytes
     """Header bytes, at the window's start."""
     reads: tuple[Read, ...]
+    """By path and offset, and so by place."""
     parts: tuple[Part, ...]
     arena_bytes: int
-    """Room that the reads need."""
+    """Room that the reads and the decodings need."""
+    decodings: tuple[Decoding, ...] = ()
+    """By place."""
+
+
+class BandScales(NamedTuple):
+    """The scales of a row of blocks."""
+
+    band: int
+    """Its number in the tensor."""
+    raw: tuple[bytes, ...]
+    """By output, as they are stored."""
+
+
+class Computed(NamedTuple):
+    """A block that is finished."""
+
+    start: int
+    """Its first byte in the rows of the output buffers."""
+    stop: int
+    leaves: tuple[Leaf, ...]
+    """Its measures, by output; none where nothing is measured."""
+    scales: BandScales | None = None
+    """Those of a band of a requantized tensor, when it begins in the piece."""
 
 
 def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:
@@ -64,13 +105,13 @@ def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:
     piece = task.piece
     for start in range(piece.start, piece.stop, chunk_bytes):
         stop = min(start + chunk_bytes, piece.stop)
-        ranges: list[_Range] = []
+        wants = _Wants([], [])
         drafts = [
-            _draft(index, span, max(span.at, start), min(span.at + span.stop - span.start, stop), ranges)
+            _draft(index, span, max(span.at, start), min(span.at + span.stop - span.start, stop), wants)
             for index, span in enumerate(task.spans)
             if span.at < stop and span.at + span.stop - span.start > start
         ]
-        reads, places, arena_bytes = _place(ranges)
+        reads, decodings, places, arena_bytes = _place_all(wants)
         parts = tuple(
             Part(
                 draft.span,
@@ -79,23 +120,38 @@ def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:
                 draft.skip,
                 draft.first,
                 draft.elements,
-                places[draft.target] if draft.target >= 0 else -1,
-                tuple((places[plus], places[minus] if minus >= 0 else -1) for plus, minus in draft.vectors),
+                places[draft.target],
+                tuple((places[plus], places[minus]) for plus, minus in draft.vectors),
+                draft.carried,
             )
             for draft in drafts
         )
         literal = task.literal[start - piece.start : stop - piece.start]
-        yield Chunk(start, stop, literal, tuple(reads), parts, arena_bytes)
+        yield Chunk(start, stop, literal, tuple(reads), parts, arena_bytes, tuple(decodings))
 
 
-class _Range(NamedTuple):
-    path: str
-    offset: int
-    nbytes: int
+#: The number of no operand.
+_NONE: Final = -1
+
+
+class _Wants(NamedTuple):
+    """What a chunk needs, before it has places."""
+
+    ranges: list[ByteRange]
+    decodings: list[Decoding]
+
+    def add(self, source: Source, first: int, elements: int) -> int:
+        """A number for some elements of a source: what is read counts up from 0, what is decoded down from -2."""
+        if isinstance(source, Operand):
+            self.ranges.append(source.range_of(first, elements))
+            return len(self.ranges) - 1
+        self.ranges.extend(source.ranges(first, elements))
+        self.decodings.append(Decoding(-1, source, first, elements))
+        return _NONE - len(self.decodings)
 
 
 class _Draft(NamedTuple):
-    """A `Part` whose operands are still indexes into the list of ranges."""
+    """A `Part` whose operands are still numbers of what is wanted."""
 
     span: int
     low: int
@@ -105,28 +161,58 @@ class _Draft(NamedTuple):
     elements: int
     target: int
     vectors: tuple[tuple[int, int], ...]
+    carried: int
 
 
-def _draft(index: int, span: Span, low: int, high: int, ranges: list[_Range]) -> _Draft:
-    """The part of ``span`` in file bytes ``low`` to ``high``; appends the source ranges it needs."""
-    opaque = span.dtype not in ARITHMETIC
+def _draft(index: int, span: Span, low: int, high: int, wants: _Wants) -> _Draft:
+    """The part of ``span`` in file bytes ``low`` to ``high``; adds what it needs."""
+    opaque = span.is_opaque
     item = 1 if opaque else item_bytes(span.dtype)
     first_byte = span.start + low - span.at
     first, last = first_byte // item, -(-(first_byte + high - low) // item)
+    carried = 0
+    if span.requantized is not None:
+        first, last, carried = _whole_bands(span.requantized, first, last, is_begun=first != span.start)
 
-    def need(operand: Operand | None) -> int:
-        if operand is None:
-            return -1
-        width = 1 if opaque else item_bytes(operand.dtype)
-        ranges.append(_Range(operand.path, operand.offset + first * width, (last - first) * width))
-        return len(ranges) - 1
+    def need(source: Source | None) -> int:
+        if source is None:
+            return _NONE
+        if opaque:
+            source = source._replace(dtype="U8") if isinstance(source, Operand) else source
+        return wants.add(source, first, last - first)
 
+    if first == last:
+        return _Draft(index, low, high, 0, first, 0, _NONE, ((_NONE, _NONE),) * len(span.vectors), carried)
     target = need(span.target)
     vectors = tuple((need(vector.plus), need(vector.minus)) for vector in span.vectors)
-    return _Draft(index, low, high, first_byte - first * item, first, last - first, target, vectors)
+    skip = first_byte + carried - first * item
+    return _Draft(index, low, high, skip, first, last - first, target, vectors, carried)
 
 
-def _place(ranges: list[_Range]) -> tuple[list[Read], list[int], int]:
+def _whole_bands(how: Requantized, first: int, last: int, *, is_begun: bool) -> tuple[int, int, int]:
+    """The elements of the bands that some elements need, and how many of these have been made already: when the span
+    ``is_begun``, the first band that they are in the middle of was made for the chunk before."""
+    start, stop = how.band(first)
+    carried = 0
+    if is_begun and start < first:
+        start, carried = stop, min(stop, last) - first
+    return start, how.band(last - 1)[1] if start < last else start, carried
+
+
+def _place_all(wants: _Wants) -> tuple[list[Read], list[Decoding], dict[int, int], int]:
+    """The reads, the decodings behind them, the place of each number, and the arena's size."""
+    reads, found, end = _place(wants.ranges)
+    places = {_NONE: -1, **dict(enumerate(found))}
+    decodings = []
+    for number, decoding in enumerate(wants.decodings, 1):
+        at = -(-end // _SMALL_ALIGNMENT) * _SMALL_ALIGNMENT
+        end = at + decoding.elements * item_bytes(decoding.source.dtype)
+        decodings.append(decoding._replace(at=at))
+        places[_NONE - number] = at
+    return reads, decodings, places, end
+
+
+def _place(ranges: list[ByteRange]) -> tuple[list[Read], list[int], int]:
     """Merge ranges that touch into reads; the reads, each range's place, and the arena's size."""
     places = [0] * len(ranges)
     reads: list[Read] = []

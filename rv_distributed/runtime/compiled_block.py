@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.measures import Measures
-from rv_distributed.plan import Operand, Span
+from rv_distributed.plan import Source, Span
 from rv_distributed.recipe import Weights
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
@@ -36,7 +36,7 @@ class CompiledBlock:
         done: int,
         count: int,
     ) -> list[Measures]:
-        def raw(place: int, operand: Operand) -> RawOperand:
+        def raw(place: int, operand: Source) -> RawOperand:
             return RawOperand(place + done * item_bytes(operand.dtype), operand.dtype)
 
         return self._combiner.compute(

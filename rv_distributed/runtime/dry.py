@@ -15,7 +15,7 @@ from rv_distributed.plan import PieceTask, Plan
 from rv_distributed.recipe import Stats
 from rv_distributed.runtime.arena import Arena
 from rv_distributed.runtime.buffers import Buffer, Bytes
-from rv_distributed.runtime.chunks import Chunk, cut_chunks
+from rv_distributed.runtime.chunks import BandScales, Chunk, cut_chunks
 from rv_distributed.runtime.compute import PartComputer
 from rv_distributed.runtime.model import MOST_REQUESTS, WorkerConfig
 from rv_distributed.runtime.select import usable_cpus
@@ -32,6 +32,8 @@ class DryChunk(NamedTuple):
     """Its bytes, as the first output has them; valid until the next one."""
     leaves: list[list[Leaf]]
     """What was measured, for each of its parts."""
+    scales: list[list[BandScales]]
+    """Of the bands of requantized tensors, for each of its parts."""
     names: tuple[str, ...]
     """Of its parts' tensors."""
 
@@ -53,12 +55,14 @@ class DryStream:
             self._made.view[: len(chunk.literal)] = chunk.literal
             self._arena.load(chunk, names)
             leaves: list[list[Leaf]] = []
+            scales: list[list[BandScales]] = []
             with self._processor:
                 for part in chunk.parts:
                     out = self._made.array[np.newaxis, :]
-                    blocks = self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start)
+                    blocks = list(self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start))
                     leaves.append([leaf for block in blocks for leaf in block.leaves])
-            yield DryChunk(chunk, self._made.array, leaves, names)
+                    scales.append([block.scales for block in blocks if block.scales is not None])
+            yield DryChunk(chunk, self._made.array, leaves, scales, names)
 
 
 def dry_config(plan: Plan, *, output: str, stats: Stats) -> WorkerConfig:

@@ -53,6 +53,8 @@ class SpanResult(NamedTuple):
     digest: str
     """BLAKE3 of the part's bytes, in hexadecimal."""
     measures: Measures
+    scales: str = ""
+    """The scales of the bands that begin in it, in base64 and in order, where it is a requantized tensor's."""
 
 
 class Waited(NamedTuple):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import item_bytes
+from rv_distributed.checkpoint.sources import LowRank, Operand, element_bytes, paths_of
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import UsageError
-from rv_distributed.plan import Operand, Plan, TensorPlan
+from rv_distributed.plan import Plan, Segment, TensorPlan
+from rv_distributed.plan.model import is_wide
 from rv_distributed.runtime.model import BLOCK_BYTES
 from rv_distributed.storage.objects import WRITER_BYTES
 
@@ -23,6 +25,15 @@ DEFAULT_BUDGET_BYTES = 512 << 20
 _SCRATCH_BYTES: Final = 128 << 10
 #: Of a stream that computes in float64, through torch: temporaries of rounding and measuring, mostly of 8 bytes.
 _TEMPORARY_BYTES: Final = 10 * BLOCK_BYTES
+#: Of a block that is decoded: its base in 16 bits and in 32, where an adapter has one, and the rows of a factor.
+_DECODING_BYTES: Final = 4 * BLOCK_BYTES
+#: Arrays of a band that is requantized, in the dtype of the arithmetic: t, d and two operands; for each output its sum
+#: and a product, and of weighted sums that of the vectors. Beside them, for each output what it is in FP8 and is read
+#: as; and random bits.
+_BAND_ARRAYS: Final = 4
+_BAND_ARRAYS_OF_OUTPUT: Final = 2
+_BAND_BYTES_OF_OUTPUT: Final = 5
+_BAND_RANDOM_BYTES: Final = 4
 
 
 class Sizing(NamedTuple):
@@ -43,14 +54,17 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int, remote_outputs:
     the smallest chunks fits.
     """
     outputs = len(plan.alphas)
-    ratio = max((_operand_ratio(tensor) for tensor in plan.tensors), default=1.0)
+    segments = [(tensor, segment) for tensor in plan.tensors for segment in tensor.segments]
+    ratio = max((_arena_ratio(*of) for of in segments), default=1.0)
     scratch = _SCRATCH_BYTES * (1 + outputs)
-    if plan.arithmetic.compute_dtype == "float64":
+    scratch += max((_decoding_bytes(segment) for _, segment in segments), default=0)
+    wide = (is_wide(tensor.dtype, segment.target, segment.vectors) for tensor, segment in segments)
+    if plan.arithmetic.compute_dtype == "float64" or any(wide):
         # As many elements as a block of a 16-bit dtype has.
         scratch += (4 + 2 * outputs) * 8 * (BLOCK_BYTES // 2) + _TEMPORARY_BYTES
-
+    scratch += max((_band_bytes(plan, *of) for of in segments), default=0)
     scratch += WRITER_BYTES * remote_outputs
-    remote = _reads_remote(plan)
+    remote = any(is_remote(path) for _, segment in segments for source in segment.sources for path in paths_of(source))
     arenas = _REMOTE_ARENAS if remote else 1
     if remote or remote_outputs:
         streams = min(streams, len(plan.pieces))
@@ -73,24 +87,44 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int, remote_outputs:
     return Sizing(streams, chunk, arenas, streams * stream_bytes(chunk))
 
 
-def _reads_remote(plan: Plan) -> bool:
-    return any(is_remote(operand.path) for tensor in plan.tensors for operand in _operands(tensor))
+def _arena_ratio(tensor: TensorPlan, segment: Segment) -> float:
+    """Bytes of the arena that it takes for each byte written."""
+    if tensor.is_opaque_in(segment):
+        return 1.0 if isinstance(segment.target, Operand) else 2.0
+    return sum(element_bytes(source).held for source in segment.sources) / item_bytes(tensor.dtype)
 
 
-def _operands(tensor: TensorPlan) -> list[Operand]:
-    operands = [tensor.target] if tensor.target is not None else []
-    for vector in tensor.vectors:
-        operands += [vector.plus] if vector.minus is None else [vector.plus, vector.minus]
-    return operands
+def _decoding_bytes(segment: Segment) -> int:
+    """What decoding takes beside the arena: factors, and temporaries of a block of 16-bit elements."""
+    kept = sum(source.kept_bytes for source in segment.sources if isinstance(source, LowRank))
+    return kept + (0 if all(isinstance(source, Operand) for source in segment.sources) else _DECODING_BYTES)
 
 
-def _operand_ratio(tensor: TensorPlan) -> float:
-    """Bytes read for each byte written."""
-    if tensor.rule == "copy":
-        return 1.0
-    return sum(item_bytes(operand.dtype) for operand in _operands(tensor)) / item_bytes(tensor.dtype)
+def _band_bytes(plan: Plan, tensor: TensorPlan, segment: Segment) -> int:
+    """What a requantized tensor takes beside a chunk: the bands at its ends, as they are read, and a band's numbers."""
+    if tensor.requantized is None:
+        return 0
+    outputs = len(plan.alphas)
+    item = 8 if plan.arithmetic.compute_dtype == "float64" else 4
+    arrays = _BAND_ARRAYS + (_BAND_ARRAYS_OF_OUTPUT + plan.weighted) * outputs
+    numbers = item * arrays + _BAND_BYTES_OF_OUTPUT * outputs
+    each = 2 * _arena_ratio(tensor, segment) + numbers + _BAND_RANDOM_BYTES
+    return int(tensor.requantized.band_bytes * each)
 
 
 def bytes_to_read(plan: Plan) -> int:
-    """Bytes of tensor data that a run of the whole plan reads."""
-    return sum(round((tensor.stop - tensor.start) * _operand_ratio(tensor)) for tensor in plan.tensors)
+    """Bytes of tensor data that a run of the whole plan reads; without scales and factors, which are few."""
+    total = 0
+    for tensor in plan.tensors:
+        start = 0
+        for segment in tensor.segments:
+            total += round((segment.stop - start) * _read_ratio(tensor, segment))
+            start = segment.stop
+    return total
+
+
+def _read_ratio(tensor: TensorPlan, segment: Segment) -> float:
+    """Bytes read for each byte written."""
+    if tensor.is_opaque_in(segment):
+        return 1.0
+    return sum(element_bytes(source).read for source in segment.sources) / item_bytes(tensor.dtype)

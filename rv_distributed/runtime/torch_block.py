@@ -13,7 +13,7 @@ import torch
 
 from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
 from rv_distributed.measures import Measures
-from rv_distributed.plan import Operand, Span
+from rv_distributed.plan import Source, Span
 from rv_distributed.recipe import Weights
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.chunks import Part
@@ -49,7 +49,7 @@ class TorchBlock:
         done: int,
         count: int,
     ) -> list[Measures]:
-        def load(place: int, operand: Operand) -> torch.Tensor:
+        def load(place: int, operand: Source) -> torch.Tensor:
             dtype = TORCH_DTYPES[operand.dtype]
             start = place + done * dtype.itemsize
             raw = torch.from_numpy(arena[start : start + count * dtype.itemsize])

@@ -14,8 +14,9 @@ import queue
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import cycle
 
@@ -106,8 +107,10 @@ class _Stream:
         self._computer = PartComputer(config, device)
 
     def make(self, task: PieceTask, worker: str) -> PieceResult:
-        hashers = [[blake3() for _ in task.spans] for _ in self._outs]
-        leaves: list[list[list[Leaf]]] = [[[] for _ in self._outs] for _ in task.spans]
+        tensors = [tensor for tensor, _ in task.parts]
+        hashers = {tensor: [blake3() for _ in self._outs] for tensor in tensors}
+        leaves: dict[int, list[list[Leaf]]] = {tensor: [[] for _ in self._outs] for tensor in tensors}
+        scales: dict[int, list[bytes]] = {tensor: [b""] * len(self._outs) for tensor in tensors}
         compute_s = write_s = 0.0
         read_before, read_s_before = self._read()
         writers: list[ShardWriter] = []
@@ -119,7 +122,7 @@ class _Stream:
                     raise Stopped
                 began = time.perf_counter()
                 with self._computing:
-                    self._compute(task, chunk, arena, leaves, hashers)
+                    self._compute(task, chunk, arena, leaves, scales, hashers)
                 writing = time.perf_counter()
                 for writer, out in zip(writers, self._outs, strict=True):
                     states += self._write(task, writer, out, chunk)
@@ -132,8 +135,13 @@ class _Stream:
                 writer.close()
         outputs = tuple(
             tuple(
-                SpanResult(span.tensor, hasher.hexdigest(), add_up(found[number]))
-                for span, hasher, found in zip(task.spans, hashers[number], leaves, strict=True)
+                SpanResult(
+                    tensor,
+                    hashers[tensor][number].hexdigest(),
+                    add_up(leaves[tensor][number]),
+                    b64encode(scales[tensor][number]).decode(),
+                )
+                for tensor in tensors
             )
             for number in range(len(self._outs))
         )
@@ -163,19 +171,21 @@ class _Stream:
         task: PieceTask,
         chunk: Chunk,
         arena: Arena,
-        leaves: list[list[list[Leaf]]],
-        hashers: Sequence[Sequence[blake3]],
+        leaves: Mapping[int, Sequence[list[Leaf]]],
+        scales: Mapping[int, list[bytes]],
+        hashers: Mapping[int, Sequence[blake3]],
     ) -> None:
-        """Fill the output buffers; ``leaves`` by span and output, ``hashers`` by output and span, take it in."""
+        """Fill the output buffers; ``leaves``, ``scales`` and ``hashers``, by tensor and output, take it in."""
         self._outs[:, : len(chunk.literal)] = np.frombuffer(chunk.literal, np.uint8)
         for part in chunk.parts:
-            for start, stop, found in self._computer.compute(
-                task.spans[part.span], part, arena, self._outs, chunk.start
-            ):
-                for number, leaf in enumerate(found):
-                    leaves[part.span][number].append(leaf)
-                for out, of_spans in zip(self._outs, hashers, strict=True):
-                    of_spans[part.span].update(out[start:stop].data)
+            span = task.spans[part.span]
+            for made in self._computer.compute(span, part, arena, self._outs, chunk.start):
+                for number, leaf in enumerate(made.leaves):
+                    leaves[span.tensor][number].append(leaf)
+                for number, raw in enumerate(made.scales.raw if made.scales else ()):
+                    scales[span.tensor][number] += raw
+                for out, hasher in zip(self._outs, hashers[span.tensor], strict=True):
+                    hasher.update(out[made.start : made.stop].data)
 
     def _write(self, task: PieceTask, writer: ShardWriter, out: Bytes, chunk: Chunk) -> list[str]:
         """Write a chunk; after the last one, the state of what was written."""

@@ -92,7 +92,7 @@ class ObjectStaging:
             if record.piece >= len(plan.pieces):
                 continue
             task = task_of(plan, plan.pieces[record.piece])
-            whole = [span.tensor for span in task.spans] == [span.tensor for span in record.spans]
+            whole = [tensor for tensor, _ in task.parts] == [span.tensor for span in record.spans]
             if whole and record.state and present.get(task.shard_name) == record.state:
                 found[record.piece] = record.spans
                 self._states[task.shard_name] = record.state

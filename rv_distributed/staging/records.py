@@ -66,8 +66,8 @@ def unpack_record(line: str) -> Record | None:
     return Record(
         piece,
         tuple(
-            SpanResult(tensor, digest, Measures._make([*numbers, tuple(ulps)]))
-            for tensor, digest, (*numbers, ulps) in spans
+            SpanResult(tensor, digest, Measures._make([*numbers, tuple(ulps)]), scales)
+            for tensor, digest, (*numbers, ulps), scales in spans
         ),
         state,
     )

@@ -53,7 +53,7 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
     if findings:
         raise VerifyError(folder.uri, findings)
     recipe, options = _recipe_of(folder, manifest)
-    plan = make_plan(recipe, _open_inputs(manifest.inputs), options)
+    plan = make_plan(recipe, _open_inputs(manifest.inputs, vocabulary=options.needs_vocabularies), options)
     alphas = () if plan.operation == "extract" else plan.alphas[0]
     if (plan.operation, dict(plan.options), alphas) != (manifest.operation, manifest.options, manifest.alphas):
         raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, f"states other options or alphas than {RECIPE_FILE}")])
@@ -80,26 +80,43 @@ def _recipe_of(folder: Folder, manifest: Manifest) -> tuple[Recipe, PlanOptions]
         raise VerifyError(folder.uri, [Finding(RECIPE_FILE, "is missing")]) from None
     except InputError as error:
         raise VerifyError(folder.uri, [Finding(RECIPE_FILE, problem.what) for problem in error.problems]) from error
-    inputs = {entry.uri for entry in manifest.inputs}
+    inputs = set(map(_name, _grouped(manifest.inputs)))
     if set(loaded.recipe.inputs) - inputs or len(loaded.recipe.alphas) != 1:
         raise VerifyError(folder.uri, [Finding(RECIPE_FILE, "is not of the inputs in the manifest")])
     return loaded.recipe, replace(loaded.plan_options, piece_bytes=_PIECE_BYTES)
 
 
-def _open_inputs(entries: Sequence[InputEntry]) -> dict[str, Checkpoint]:
-    """The inputs by their paths. Raises InputError with all that are gone or were changed."""
+def _grouped(entries: Sequence[InputEntry]) -> list[list[InputEntry]]:
+    """The inputs, each with its adapter."""
+    groups: list[list[InputEntry]] = []
+    for entry in entries:
+        if entry.role == "adapter" and groups:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    return groups
+
+
+def _name(group: Sequence[InputEntry]) -> str:
+    """What a base and its adapter are opened as."""
+    return "+".join(entry.uri for entry in group)
+
+
+def _open_inputs(entries: Sequence[InputEntry], *, vocabulary: bool) -> dict[str, Checkpoint]:
+    """The inputs by their names. Raises InputError with all that are gone or were changed."""
     opened: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
-    for entry in {entry.uri: entry for entry in entries}.values():
+    for name, group in {_name(group): group for group in _grouped(entries)}.items():
         try:
-            opened[entry.uri] = open_checkpoint(entry.uri)
+            opened[name] = open_checkpoint(name, vocabulary=vocabulary)
         except InputError as error:
             problems += error.problems
             continue
-        if opened[entry.uri].fingerprint != entry.fingerprint:
-            what = f"has changed since the output was made of it ({entry.role}): its fingerprint is another"
-            remedy = "Put back what it was; without --against-inputs, verify needs no inputs."
-            problems.append(Problem(entry.uri, what, remedy))
+        for entry, folder in zip(group, opened[name].folders, strict=False):
+            if folder.fingerprint != entry.fingerprint:
+                what = f"has changed since the output was made of it ({entry.role}): its fingerprint is another"
+                remedy = "Put back what it was; without --against-inputs, verify needs no inputs."
+                problems.append(Problem(entry.uri, what, remedy))
     if problems:
         raise InputError(problems)
     return opened

@@ -28,7 +28,7 @@ FACTS = {
     "vocab_size": (
         "17",
         "16",
-        "Give inputs with the same vocabulary, or leave the tensors that have",
+        "Give --vocab-mismatch overlap to add the rows that all inputs have, or leave the tensors that have",
     ),
 }
 

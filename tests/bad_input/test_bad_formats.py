@@ -56,7 +56,7 @@ STATED: dict[str, tuple[dict[str, Any], str, str]] = {
     "AWQ": ({"quant_method": "awq", "bits": 4}, "'awq'", GPTQMODEL),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'", "model.dequantize()"),
     "bitsandbytes of old": ({"load_in_4bit": True}, "'bitsandbytes'", "model.dequantize()"),
-    "FP8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'", "FineGrainedFP8Config(dequantize=True)"),
+    "FP8": ({"quant_method": "fp8", "fmt": "e5m2"}, "'fp8'", "FineGrainedFP8Config(dequantize=True)"),
     "MXFP4": ({"quant_method": "mxfp4"}, "'mxfp4'", "Mxfp4Config(dequantize=True)"),
     "compressed-tensors": ({"quant_method": "compressed-tensors"}, "'compressed-tensors'", "run_compressed=False"),
 }
@@ -108,7 +108,7 @@ def test_fp8_weights_are_refused_by_name_and_may_be_left_out(tmp_path: Path) -> 
     for number, role in enumerate(("target", "donor", "reference")):
         tensors = {"up": Raw("F8_E4M3", (8,), bytes(8)), "norm": Raw("BF16", (8,), bytes([number, 0x3F]) * 8)}
         write_checkpoint(tmp_path / role, tensors)
-    what = "tensor 'up': is F8_E4M3; arithmetic is done on F32, BF16, F16. Convert the checkpoint first, or leave"
+    what = "tensor 'up': is F8_E4M3; arithmetic is done on F32, BF16, F16, F64. Convert the checkpoint first, or leave"
     assert_refused(tmp_path, transfer(tmp_path, tmp_path / "out"), f"{tmp_path / 'target'}: {what}")
     assert run_rv(*transfer(tmp_path, tmp_path / "out", "--exclude", "up")).status == 0
 

@@ -27,7 +27,9 @@ def manifest(*roles: str, operation: str = "transfer") -> Manifest:
         identity="0" * 64,
         shards=(),
         files=(),
+        rules=(),
         left_out=(),
+        files_left_out=(),
         totals=totals,
         timings=Timings(1.0, 0.5, 1.0, 0.5, 2, 3, 4, 0),
     )

@@ -14,10 +14,12 @@ from rv_distributed.checkpoint.manifest import (
     MANIFEST_SCHEMA,
     SCHEMA_VERSION,
     FileEntry,
+    FileLeftOut,
     InputEntry,
     LeftOut,
     Manifest,
     ManifestError,
+    RuleEntry,
     ShardEntry,
     Timings,
     Totals,
@@ -38,7 +40,9 @@ MANIFEST = Manifest(
     identity="ef" * 32,
     shards=(ShardEntry("model.safetensors", 2**40, "ab" * 32),),
     files=(FileEntry("config.json", 0, "cd" * 32),),
+    rules=(RuleEntry("names", "donor: 'model.' → '' (9 tensors)"),),
     left_out=(LeftOut("lm_head.weight", "is not in the target"),),
+    files_left_out=(FileLeftOut("optimizer.pt", "training state"),),
     totals=Totals(
         tensors=3,
         combined=1,
@@ -90,7 +94,14 @@ def test_the_schema_accepts_a_manifest() -> None:
 
 
 def test_the_schema_accepts_a_vectors_manifest_without_alphas_or_norms() -> None:
-    extract = document() | {"operation": "extract", "alphas": [], "left_out": [], "files": []}
+    extract = document() | {
+        "operation": "extract",
+        "alphas": [],
+        "left_out": [],
+        "files": [],
+        "rules": [],
+        "files_left_out": [],
+    }
     extract["totals"] |= {"v_norm": None, "t_norm": 0}
     jsonschema.validate(extract, MANIFEST_SCHEMA)
 
@@ -131,7 +142,9 @@ def test_no_field_may_be_missing(name: str) -> None:
         manifest_from(bad)
 
 
-@pytest.mark.parametrize("place", ["inputs", "shards", "files", "left_out", "totals", "timings"])
+@pytest.mark.parametrize(
+    "place", ["inputs", "shards", "files", "rules", "left_out", "files_left_out", "totals", "timings"]
+)
 def test_an_entry_with_a_missing_or_an_unknown_field_is_refused(place: str) -> None:
     edits: list[Callable[[dict[str, Any]], object]] = [dict.popitem, lambda entry: entry.update(unknown=1)]
     for edit in edits:
@@ -153,9 +166,18 @@ def test_another_version_is_refused_by_its_number(version: object) -> None:
 NUMBER = 3
 NESTED: list[list[object]] = [[]]
 OTHER_KINDS: list[tuple[str, object]] = [
-    *((place, NUMBER) for place in ("inputs", "shards", "files", "left_out", "alphas", "totals", "timings")),
-    *((place, None) for place in ("inputs", "shards", "files", "left_out", "alphas", "totals", "timings")),
-    *((place, NESTED) for place in ("inputs", "shards", "files", "left_out", "totals", "timings")),
+    *(
+        (place, NUMBER)
+        for place in ("inputs", "shards", "files", "rules", "left_out", "files_left_out", "alphas", "totals", "timings")
+    ),
+    *(
+        (place, None)
+        for place in ("inputs", "shards", "files", "rules", "left_out", "files_left_out", "alphas", "totals", "timings")
+    ),
+    *(
+        (place, NESTED)
+        for place in ("inputs", "shards", "files", "rules", "left_out", "files_left_out", "totals", "timings")
+    ),
 ]
 
 

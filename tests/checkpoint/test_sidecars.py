@@ -1,4 +1,4 @@
-"""Which files go with a model, and the one edit of config.json."""
+"""Which files go with a model, and the edits of config.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rv_distributed.checkpoint.sidecars import is_sidecar, with_dtype
+from rv_distributed.checkpoint.sidecars import why_left_out, with_dtype, without_quantization
 
 KEPT = [
     "config.json",
@@ -29,6 +29,44 @@ KEPT = [
     "binary",
     "notes.bin.txt",
     "my.git/config.json",
+    "checkpoint-best/config.json",
+    "optimizers.md",
+    "latest.md",
+    "my_runs.txt",
+    "results.json",
+    "scheduler/scheduler_config.json",
+]
+
+TRAINING_STATE = [
+    "optimizer.pt",
+    "optimizer.bin",
+    "optimizer_0/__0_0.distcp",
+    "scheduler.pt",
+    "rng_state_3.pth",
+    "random_states_0.pkl",
+    "trainer_state.json",
+    "training_args.bin",
+    "training_args.json",
+    "latest",
+    "global_step120/mp_rank_00_model_states.pt",
+    "global_step_120/actor/config.json",
+    "latest_checkpointed_iteration.txt",
+    "zero_to_fp32.py",
+    "checkpoint-1000/config.json",
+    "sub/checkpoint-1000/tokenizer.json",
+]
+
+TRAINING_LOGS = [
+    "runs/Nov26_host/events.out.tfevents.1732600000.host.1.0",
+    "events.out.tfevents.1732600000.host.1.0",
+    "wandb/run-1/files/config.yaml",
+    "trainer_log.jsonl",
+    "train.log",
+    "logs/rank0.txt",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+    "training_loss.png",
 ]
 
 LEFT_OUT = [
@@ -83,12 +121,22 @@ LEFT_OUT = [
 
 @pytest.mark.parametrize("name", KEPT)
 def test_a_file_of_the_model_goes_with_it(name: str) -> None:
-    assert is_sidecar(name)
+    assert why_left_out(name) == ""
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_weights_caches_and_own_files_stay_behind(name: str) -> None:
-    assert not is_sidecar(name)
+    assert why_left_out(name)
+
+
+@pytest.mark.parametrize("name", TRAINING_STATE)
+def test_the_state_of_a_training_stays_behind(name: str) -> None:
+    assert why_left_out(name) == "training state"
+
+
+@pytest.mark.parametrize("name", TRAINING_LOGS)
+def test_the_logs_of_a_training_stay_behind(name: str) -> None:
+    assert why_left_out(name) == "training log"
 
 
 DTYPE_EDITS = {
@@ -129,3 +177,25 @@ def test_what_is_no_dtype_field_stays_as_it_is(config: bytes) -> None:
 def test_odd_formatting_of_a_config_survives() -> None:
     config = b'{"rope_theta": 1e6,"eps":1.0E-06,\n  "torch_dtype": "bfloat16","z":[1,\n2], "a": "\\u00e9"}'
     assert with_dtype(config, "float32") == config.replace(b"bfloat16", b"float32")
+
+
+STATED = '"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, {"quantization_config": 3}]}'
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ('{\n  "a": 1,\n  %s,\n  "b": 2.50\n}\n', '{\n  "a": 1,\n  "b": 2.50\n}\n'),
+        ('{\n\t"a": 1,\n\t%s\n}\n', '{\n\t"a": 1\n}\n'),
+        ("{%s}", "{}"),
+        ('{"text_config": {%s, "b": 1}, "c": "\\u00ff ÿ"}', '{"text_config": {"b": 1}, "c": "\\u00ff ÿ"}'),
+        ('{"a": 1, "b": {"c": [%s]}}'.replace("%s", "3"), '{"a": 1, "b": {"c": [3]}}'),
+        ('{"quantization_config" :null,"a":1}', '{"a":1}'),
+        ('{"a": "\\"quantization_config\\": {}, ", %s}', '{"a": "\\"quantization_config\\": {}, "}'),
+        # Where the key is spelt otherwise, the document is written anew.
+        ('{"a":1,"quant\\u0069zation_config":{}}', '{\n  "a": 1\n}\n'),
+    ],
+)
+def test_the_quantization_is_taken_out_and_nothing_else(config: str, wanted: str) -> None:
+    text = config.replace("%s", STATED)
+    assert without_quantization(text.encode()).decode() == wanted

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fp8_reference import dequantized, fp8_config, random_fp8, write_fp8
 from reference import Raw, read_checkpoint, weights, widen, write_checkpoint
 from refusal import run_rv, tree
 
@@ -119,3 +120,21 @@ def test_progress_is_told(models: Path) -> None:
     rv.diff(models / "a", models / "b", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0
     assert seen == sorted(seen)
+
+
+def test_what_is_decoded_is_compared_as_numbers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    weight, scales = random_fp8(rng, (300, 200), "F32")
+    values, ids = dequantized(weight, scales), Raw("I64", (9,), rng.bytes(72))
+    write_fp8(tmp_path / "fp8", {"x.weight": weight, "x.weight_scale_inv": scales, "ids": ids}, fp8_config())
+    write_checkpoint(tmp_path / "plain", {"x.weight": values, "ids": Raw("I64", (9,), ids.data[:-8] + bytes(8))})
+    write_checkpoint(tmp_path / "zeros", {"x.weight": Raw("F32", (300, 200), bytes(240_000)), "ids": ids})
+    for a, b, nbytes in (("fp8", "plain", 240_072), ("plain", "fp8", 120_072)):
+        told: list[tuple[int, int]] = []
+        found = rv.diff(tmp_path / a, tmp_path / b, progress=lambda *now: told.append(now))  # noqa: B023
+        assert {tensor.name: tensor.sums.differing for tensor in found.tensors} == {"x.weight": 0, "ids": 1}
+        assert not found.unlike + found.only_in_a + found.only_in_b
+        assert told[-1] == (nbytes, nbytes)
+    (x,) = (tensor for tensor in rv.diff(tmp_path / "fp8", tmp_path / "zeros").tensors if tensor.is_measured)
+    assert (x.a_dtype, x.b_dtype) == ("F8_E4M3", "F32")
+    assert x.sums.norm == pytest.approx(float(np.linalg.norm(widen(values).astype(np.float64))))

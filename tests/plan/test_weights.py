@@ -7,7 +7,7 @@ from reference import described
 
 from rv_distributed.errors import InputError, UsageError
 from rv_distributed.identity import identity_of
-from rv_distributed.plan import Plan, PlanOptions, make_plan, task_of
+from rv_distributed.plan import Operand, Plan, PlanOptions, Segment, TensorPlan, make_plan, task_of
 from rv_distributed.recipe import Alpha, ByTensor, Choice, Recipe, Vector, Weights
 
 SHAPES = {
@@ -27,7 +27,12 @@ def plan(*rows: tuple[Alpha, ...], operation: str = "apply", **more: object) -> 
 
 
 def alphas(of: Plan, output: int = 0) -> dict[str, tuple[float, ...]]:
-    return {tensor.name: tensor.weights[output].alphas for tensor in of.tensors if tensor.vectors}
+    return {tensor.name: segment_of(tensor).weights[output].alphas for tensor in of.tensors if tensor.rule == "combine"}
+
+
+def segment_of(tensor: TensorPlan) -> Segment:
+    (segment,) = tensor.segments
+    return segment
 
 
 def test_a_gradient_goes_from_the_first_layer_to_the_last_of_each_stack() -> None:
@@ -44,7 +49,7 @@ def test_a_single_layer_gets_the_last_number() -> None:
     single = {"one": described("/one", {"layers.0.w": ("F32", (2,))})}
     recipe = Recipe("apply", "one", (Vector("one"),), ((ByTensor((Choice((0.25, 0.75)),)),),))
     (tensor,) = make_plan(recipe, single, PlanOptions()).tensors
-    assert tensor.weights == (Weights((0.75,)),)
+    assert segment_of(tensor).weights == (Weights((0.75,)),)
 
 
 def test_the_first_choice_that_fits_decides_and_0_is_for_the_rest() -> None:
@@ -59,9 +64,9 @@ def test_the_first_choice_that_fits_decides_and_0_is_for_the_rest() -> None:
 
 def test_tensors_with_the_same_numbers_share_them() -> None:
     made = plan((0.5, 1.0))
-    assert len({id(tensor.weights) for tensor in made.tensors}) == 1
+    assert len({id(segment_of(tensor).weights) for tensor in made.tensors}) == 1
     task = task_of(made, made.pieces[0])
-    assert {id(span.weights) for span in task.spans} == {id(made.tensors[0].weights)}
+    assert {id(span.weights) for span in task.spans} == {id(segment_of(made.tensors[0]).weights)}
 
 
 def test_an_output_of_a_sweep_has_the_identity_of_a_run_of_its_own() -> None:
@@ -78,7 +83,7 @@ def test_an_output_of_a_sweep_has_the_identity_of_a_run_of_its_own() -> None:
 
 def test_sums_of_alphas_divide_where_that_is_asked_for() -> None:
     made = plan((0.1, 0.2, 0.7), operation="linear", normalize=True)
-    (weights,) = {tensor.weights[0] for tensor in made.tensors}
+    (weights,) = {segment_of(tensor).weights[0] for tensor in made.tensors}
     assert weights.divisor == pytest.approx(1.0, abs=1e-7)
     with pytest.raises(UsageError, match=r"add up to 0, so they cannot be normalized"):
         plan((1.0, -1.0), operation="linear", normalize=True)
@@ -89,15 +94,11 @@ def test_what_is_no_number_to_sum_up_is_the_bases_own() -> None:
     opened = {name: described(f"/{name}", shapes) for name in "ab"}
     recipe = Recipe("linear", None, (Vector("a"), Vector("b")), ((1.0, 1.0),), normalize=True, base="b")
     tensors = {tensor.name: tensor for tensor in make_plan(recipe, opened, PlanOptions()).tensors}
-    assert (tensors["w"].rule, tensors["w"].target, tensors["w"].weights) == (
-        "combine",
-        None,
-        (Weights((1.0, 1.0), 2.0),),
-    )
+    assert tensors["w"].rule == "combine"
+    assert segment_of(tensors["w"])[1::2] == (None, (Weights((1.0, 1.0), 2.0),))
     ids = tensors["ids"]
     assert (ids.rule, ids.why) == ("copy", "I64 is not a floating-point dtype")
-    assert ids.target is not None
-    assert ids.target.path == "/b/model.safetensors"
+    assert segment_of(ids).target == Operand("/b/model.safetensors", 8 + 8, "I64")
 
 
 def test_models_of_a_sum_must_have_the_same_tensors() -> None:

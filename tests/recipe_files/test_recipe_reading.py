@@ -174,6 +174,8 @@ def test_names_with_an_adapter_are_resolved_part_by_part(tmp_path: Path) -> None
     ).recipe
     assert recipe.target == f"{tmp_path}/base+{tmp_path}/lora"
     assert recipe.vectors == (Vector(f"{tmp_path}/a+b", "hf://o/m+/lora"),)
+    for name, wanted in (("a+b+lora", "{}/a+b+{}/lora"), ("base+hf://o/lora", "{}/base+hf://o/lora")):
+        assert resolve(name, str(tmp_path)) == wanted.format(tmp_path, tmp_path)
 
 
 def test_models_on_the_hub(tmp_path: Path) -> None:

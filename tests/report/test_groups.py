@@ -44,7 +44,7 @@ def test_a_name_tells_layer_and_module(name: str, place: Place) -> None:
 
 def row(name: str, v: float, t: float, realised: float, **more: object) -> TensorRow:
     columns: tuple[Any, ...] = (
-        *(name, "BF16", (10, 10), "model.safetensors", 0, 200, 200, NO_BYTES, (), "combine", ""),
+        *(name, "BF16", (10, 10), "model.safetensors", 0, 200, 200, NO_BYTES, (), "combine", "", "", "", ""),
         *(v, t, v / t, 0.0, v, 50, 0.5, 0.5, realised, 0.2, 40, 0.4, 10, 0.2, 3, (30, 10, 0, 0, 0, 0, 0, 0), 0),
         *(0, 0, 0, None),
     )

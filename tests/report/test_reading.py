@@ -95,7 +95,16 @@ def test_changed_pieces_are_refused(out: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"rule": "burn"}, {"rule": None}, {"why": None}, {"dtype": None}, {"ulps": (1, 2)}, {"shape": (None,)}]
+    "more",
+    [
+        {"rule": "burn"},
+        {"rule": None},
+        {"why": None},
+        {"matched": None},
+        {"dtype": None},
+        {"ulps": (1, 2)},
+        {"shape": (None,)},
+    ],
 )
 def test_rows_that_are_not_ours_are_refused_though_their_digest_fits(
     out: Path, tmp_path: Path, more: dict[str, Any]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reference import ITEM_BYTES, described
 
 from rv_distributed.checkpoint.model import Checkpoint
-from rv_distributed.plan import Operand, PieceTask, Plan, PlanOptions, Span, make_plan, task_of
+from rv_distributed.plan import Operand, PieceTask, Plan, PlanOptions, Source, Span, make_plan, task_of
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.runtime.chunks import Chunk, Part, cut_chunks
 from rv_distributed.storage.ranges import ALIGNMENT, DIRECT_MIN_BYTES
@@ -90,7 +90,7 @@ def execute(chunk: Chunk, sizes: dict[str, int]) -> bytearray:
     return arena
 
 
-def operands(span: Span, part: Part) -> Iterator[tuple[Operand, int]]:
+def operands(span: Span, part: Part) -> Iterator[tuple[Source, int]]:
     """Each operand of a part with its place in the arena."""
     assert (span.target is None) == (part.target < 0)
     if span.target is not None:
@@ -174,6 +174,7 @@ def test_every_operand_has_its_elements_in_the_arena_after_the_reads(
             item = 1 if span.rule == "copy" else ITEM_BYTES[span.dtype]
             element = (span.start + chunk.start + part.at - span.at) // item
             for operand, at in operands(span, part):
+                assert isinstance(operand, Operand)
                 width = 1 if span.rule == "copy" else ITEM_BYTES[operand.dtype]
                 start = operand.offset + element * width
                 wanted = content_of(operand.path, sizes[operand.path])[start : start + part.elements * width]

@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from reference import TIMED
+from fp8_reference import fp8_config, random_fp8, write_fp8
+from reference import TIMED, weights, write_checkpoint
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
@@ -89,6 +91,27 @@ def test_both_runtimes_round_stochastically_to_the_same_bytes(models: Path, tmp_
         rv.transfer(target, donor, reference, str(out), plan_options=replace(plan, seed=seed), run_options=options)
         made.append({path.name: path.read_bytes() for path in out.glob("*.safetensors")})
     assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_both_runtimes_decode_and_requantize_to_the_same_bytes(tmp_path: Path) -> None:
+    """FP8 with an adapter in, FP8 out: the scales come back with the pieces' results."""
+    rng = np.random.default_rng(2)
+    for role in ("target", "donor", "reference"):
+        weight, scales = random_fp8(rng, (900, 1900))
+        write_fp8(tmp_path / role, {"up.weight": weight, "up.weight_scale_inv": scales}, fp8_config())
+    factors = {"up.lora_A.weight": weights(rng, "F32", (8, 1900)), "up.lora_B.weight": weights(rng, "F32", (900, 8))}
+    write_checkpoint(tmp_path / "adapter", factors)
+    (tmp_path / "adapter" / "model.safetensors").rename(tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8}')
+    inputs = (str(tmp_path / "target"), f"{tmp_path / 'donor'}+{tmp_path / 'adapter'}", str(tmp_path / "reference"))
+    plan = replace(SMALL, requantize=True)
+    for name in ("local", "ray"):
+        how = rv.RunOptions(runtime=name, workers=2)
+        rv.transfer(*inputs, str(tmp_path / f"on-{name}"), plan_options=plan, run_options=how)
+    made = contents(tmp_path / "on-local")
+    assert contents(tmp_path / "on-ray") == made
+    assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} <= made.keys()
 
 
 def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, rv.Job]:

@@ -1,4 +1,4 @@
-"""Two files side by side, window by window."""
+"""Comparing files."""
 
 from __future__ import annotations
 
@@ -7,25 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rv_distributed.storage.same import same_bytes, windows
+from rv_distributed.storage.same import same_bytes
 
 SIZE = (8 << 20) + 12_345
-
-
-@pytest.mark.parametrize("starts", [(0, 0), (4096, 0), (77, 5001)])
-def test_windows_are_the_bytes_of_both_from_their_own_offsets(tmp_path: Path, starts: tuple[int, int]) -> None:
-    rng, wanted, places = np.random.default_rng(0), [], []
-    for number, start in enumerate(starts):
-        path, data = tmp_path / str(number), rng.bytes(start + SIZE + 10)
-        path.write_bytes(data)
-        places.append((str(path), start))
-        wanted.append(data[start : start + SIZE])
-    got = [bytearray(), bytearray()]
-    for pair in windows(places[0], places[1], SIZE):
-        assert len(pair[0]) in (8 << 20, 12_345)
-        for mine, window in zip(got, pair, strict=True):
-            mine += window
-    assert got == wanted
 
 
 def test_files_are_the_same_up_to_their_last_byte(tmp_path: Path) -> None:
