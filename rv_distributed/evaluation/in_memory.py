@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _REMEDY: Final = "Leave out --in-memory: then the models are written, and loaded as any other."
+#: In which tensors can be moved, with torch's names for them.
+_DTYPES: Final = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class Mover:
@@ -49,7 +51,6 @@ class Mover:
         """
         import torch
 
-        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
         wanted = {tensor.name: tensor for tensor in self._plan.tensors if tensor.rule == "combine"}
         whole: dict[str, Bytes] = {}
         with torch.no_grad():
@@ -60,7 +61,7 @@ class Mover:
                 raw = whole.setdefault(part.name, np.empty(size, np.uint8))
                 raw[part.start : part.start + len(part.made)] = part.made
                 if part.start + len(part.made) == size:
-                    values = torch.from_numpy(whole.pop(part.name)).view(dtypes[tensor.dtype])
+                    values = torch.from_numpy(whole.pop(part.name)).view(getattr(torch, _DTYPES[tensor.dtype]))
                     self._places[part.name].copy_(values.view(tensor.shape))
         check_unchanged(self._plan)
 
@@ -80,7 +81,7 @@ def _computed(plan: Plan, alphas: tuple[float, ...]) -> Iterator[_Part]:
         stream = DryStream(dry_config(plan, output="", stats="none"), fetching)
         for task in (task_of(plan, piece) for piece in plan.pieces):
             task = task._replace(spans=tuple(_weighed(span, alphas) for span in task.spans if span.rule == "combine"))
-            for chunk, made, _, names in stream.chunks(task):
+            for chunk, made, *_, names in stream.chunks(task):
                 for part, name in zip(chunk.parts, names, strict=True):
                     span = task.spans[part.span]
                     start = span.start + chunk.start + part.at - span.at
@@ -105,6 +106,8 @@ def _problems(plan: Plan, places: Mapping[str, Tensor]) -> list[Problem]:
         elif tensor.rule == "combine" and tuple(places[name].shape) != tensor.shape:
             what = f"has shape {list(tensor.shape)}, but {list(places[name].shape)} in the loaded model"
             problems.append(Problem(where, what, _REMEDY, name))
+        elif tensor.rule == "combine" and tensor.dtype not in _DTYPES:
+            problems.append(Problem(where, f"is {tensor.dtype}, which is not moved in memory", _REMEDY, name))
     by_memory: dict[int, list[str]] = {}
     for name, value in places.items():
         by_memory.setdefault(value.data_ptr(), []).append(name)

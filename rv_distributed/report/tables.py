@@ -128,7 +128,7 @@ def _not_computed(output: Output) -> Table:
 
 def _matched(output: Output) -> Table:
     rules = output.manifest.rules[:_MOST_SHOWN]
-    title = _title("Matched otherwise than by name and shape", len(rules), len(output.manifest.rules))
+    title = fit("Matched otherwise than by name and shape", len(rules), len(output.manifest.rules))
     return Table(title, ("rule", "what it did"), [(entry.rule, entry.what) for entry in rules])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def test_a_model_that_is_not_its_checkpoint_is_refused(tmp_path: Path) -> None:
     model.extra = torch.nn.Linear(3, 3)
     with pytest.raises(rv.InputError, match=r"'extra.weight'.*no tensor of the checkpoint"):
         Mover(model, job.plan)
+    eighths = replace(job.plan, tensors=tuple(one._replace(dtype="F8_E4M3") for one in job.plan.tensors))
+    with pytest.raises(rv.InputError, match="is F8_E4M3, which is not moved in memory"):
+        Mover(load(Path(target)), eighths)
     with pytest.raises(rv.InputError, match="has shape"):
         Mover(load(write_model(tmp_path / "wider", 1, intermediate_size=64)), job.plan)
 
