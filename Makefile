@@ -43,7 +43,7 @@ $(VENV)/.eval: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[eval]'
 	touch $@
 
-example: $(VENV)/.eval  ## the whole claim on models trained from nothing, in about ten minutes; SEED=0
+example: $(VENV)/.eval  ## the whole claim on models trained from nothing, in about eleven minutes; SEED=0
 	$(BIN)/python examples/tiny_reasoning/run.py --seed $(or $(SEED),0) --out tiny-reasoning
 
 example-study: $(VENV)/.eval  ## the same for SEEDS='11 12 13 14 15', as tables and a figure
