@@ -11,10 +11,13 @@ MERGEKIT ?=
 MINUTES ?= 20
 SEED ?=
 
+# Of the example's study.
+SEEDS ?= 11 12 13 14 15
+
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow soak bench lint format typecheck imports audit build check-wheel clean
+.PHONY: help demo example example-study test test-slow soak bench lint format typecheck imports audit build check-wheel clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +38,16 @@ $(VENV)/.dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed  ## extract, apply and transfer on small checkpoints
 	$(BIN)/rv demo
+
+$(VENV)/.eval: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[eval]'
+	touch $@
+
+example: $(VENV)/.eval  ## the whole claim on models trained from nothing, in about eleven minutes; SEED=0
+	$(BIN)/python examples/tiny_reasoning/run.py --seed $(or $(SEED),0) --out tiny-reasoning
+
+example-study: $(VENV)/.eval  ## the same for SEEDS='11 12 13 14 15', as tables and a figure
+	$(BIN)/python examples/tiny_reasoning/study.py --seeds $(SEEDS) --out tiny-reasoning-study
 
 test: $(VENV)/.dev  ## the tests
 	$(BIN)/pytest -m 'not slow and not gpu'

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         VerifyError,
         WorkerError,
     )
+    from rv_distributed.evaluation import Ask, Evaluation, EvaluationOptions, Means, prepare_evaluation
     from rv_distributed.job import Job, prepare
     from rv_distributed.opening import open_checkpoint
     from rv_distributed.plan import PlanOptions
@@ -47,18 +48,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ask",
     "ByTensor",
     "Cancelled",
     "ChangedError",
     "Checkpoint",
     "Choice",
     "Diff",
+    "Evaluation",
+    "EvaluationOptions",
     "Finding",
     "InputError",
     "Interrupted",
     "Job",
     "LoadedRecipe",
     "Manifest",
+    "Means",
     "NonFiniteError",
     "OutputError",
     "PieceError",
@@ -82,6 +87,7 @@ __all__ = [
     "load_recipe",
     "open_checkpoint",
     "prepare",
+    "prepare_evaluation",
     "push",
     "read_key_mapping",
     "run",
@@ -93,11 +99,14 @@ __all__ = [
 #: Where each public name is defined. They are imported at first use, so that a command that only prints its
 #: help, or a worker that needs one module, does not load the others.
 _HOMES = {
+    "Ask": "rv_distributed.evaluation",
     "ByTensor": "rv_distributed.recipe",
     "Cancelled": "rv_distributed.errors",
     "ChangedError": "rv_distributed.errors",
     "Choice": "rv_distributed.recipe",
     "Checkpoint": "rv_distributed.checkpoint.model",
+    "Evaluation": "rv_distributed.evaluation",
+    "EvaluationOptions": "rv_distributed.evaluation",
     "Diff": "rv_distributed.comparison",
     "Finding": "rv_distributed.errors",
     "InputError": "rv_distributed.errors",
@@ -105,6 +114,7 @@ _HOMES = {
     "Job": "rv_distributed.job",
     "LoadedRecipe": "rv_distributed.recipe_files.loaded",
     "Manifest": "rv_distributed.checkpoint.manifest",
+    "Means": "rv_distributed.evaluation",
     "NonFiniteError": "rv_distributed.errors",
     "OutputError": "rv_distributed.errors",
     "PieceError": "rv_distributed.errors",
@@ -128,6 +138,7 @@ _HOMES = {
     "open_checkpoint": "rv_distributed.opening",
     "load_recipe": "rv_distributed.recipe_files.reading",
     "prepare": "rv_distributed.job",
+    "prepare_evaluation": "rv_distributed.evaluation",
     "push": "rv_distributed.api",
     "read_key_mapping": "rv_distributed.small_files",
     "run": "rv_distributed.api",

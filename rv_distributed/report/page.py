@@ -8,14 +8,16 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from plotly.offline import get_plotlyjs
 
 from rv_distributed.errors import one_line
+from rv_distributed.evaluation.results import Evaluation
 from rv_distributed.report.comparison import comparison_of
 from rv_distributed.report.drawing import Figure
+from rv_distributed.report.evaluation import curves_of, evaluation_tables, words_of
 from rv_distributed.report.figures import figures_of
 from rv_distributed.report.reading import Output, names_of
 from rv_distributed.report.tables import Table, comparison_table, heading, tables_of, verdict
@@ -72,8 +74,10 @@ for (const when of ["(prefers-color-scheme: dark)", "(max-width: 500px)", "print
 """
 
 
-def page_of(outputs: Sequence[Output]) -> str:
-    """The report on one output, or the comparison of several."""
+def page_of(outputs: Sequence[Output], evaluation: Evaluation | None = None) -> str:
+    """The report on one output, or the comparison of several, with an evaluation below it; or on that alone."""
+    figures: list[Figure] = []
+    tables: list[Table] = []
     if len(outputs) > 1:
         figures = list(comparison_of(outputs))
         title = f"{len(outputs)} outputs of rv_distributed"
@@ -82,11 +86,17 @@ def page_of(outputs: Sequence[Output]) -> str:
             top += [f"<h2>{_text(name)}</h2>", _heading(output), *_verdict(output, name)]
         # First the numbers that people compare; what each output is stands above.
         top.append(_table(comparison_table(outputs)))
-        tables: Iterable[Table] = []
-    else:
+    elif outputs:
         (output,) = outputs
-        figures, tables, title = list(figures_of(output)), tables_of(output), output.name
+        figures, tables, title = list(figures_of(output)), list(tables_of(output)), output.name
         top = [f"<h1>{_text(title)}</h1>", _heading(output), *_verdict(output, title)]
+    else:
+        title, top = "Evaluation", ["<h1>Evaluation</h1>"]
+    if evaluation is not None:
+        # What the vector is good for comes before where it is large.
+        figures = [*curves_of(evaluation), *figures]
+        tables = [*evaluation_tables(evaluation), *tables]
+        top += [f"<p>{_text(words)}</p>" for words in words_of(evaluation)]
     drawn = {figure.name: json.loads(figure.figure.to_json()) for figure in figures if figure.figure is not None}
     return "\n".join(
         [
@@ -98,7 +108,7 @@ def page_of(outputs: Sequence[Output]) -> str:
             *top,
             *map(_figure, figures),
             *map(_table, tables),
-            '<p class="faint">Made by rv report from the manifest and the tables of the output.</p>',
+            '<p class="faint">Made by rv report from the files of the outputs alone.</p>',
             f'<script type="application/json" id="figures">{_embedded(drawn)}</script>',
             f"<script>{get_plotlyjs()}</script>",
             f"<script>{_SCRIPT}</script></body></html>",

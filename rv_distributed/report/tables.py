@@ -77,7 +77,7 @@ def _largest(output: Output) -> Table:
 def _modules(output: Output) -> Table:
     groups = group_by(output.rows, lambda row: place_of(row.name).module)
     kept = longest(groups, _MOST_MODULES)
-    title = _title("By module, over all layers", len(kept), len(groups))
+    title = fit("By module, over all layers", len(kept), len(groups))
     return Table(title, ("module", *_GROUP_HEADER), [(name, *_measures(groups[name])) for name in kept])
 
 
@@ -86,7 +86,7 @@ def _layers(output: Output) -> Table:
     shown = list(layers)[:_MOST_LAYERS]
     rows = [(f"{layer.stack} {layer.number}".strip(), *_measures(layers[layer])) for layer in shown]
     rows += [("in none", *_measures(elsewhere))] if elsewhere else []
-    return Table(_title("By layer", len(shown), len(layers)), ("layer", *_GROUP_HEADER), rows)
+    return Table(fit("By layer", len(shown), len(layers)), ("layer", *_GROUP_HEADER), rows)
 
 
 _GROUP_HEADER = ("‖v‖/‖t‖", "realised alpha", "relative error", "changed", "lost in rounding")
@@ -97,7 +97,8 @@ def _measures(group: Group) -> tuple[str, ...]:
     return (*map(number, exact), share(group.changed_fraction), share(group.absorbed_fraction))
 
 
-def _title(title: str, shown: int, every: int) -> str:
+def fit(title: str, shown: int, every: int) -> str:
+    """A title that says when not everything is shown."""
     return title if shown >= every else f"{title}: {shown} of {every:,}"
 
 
@@ -121,13 +122,13 @@ def _not_computed(output: Output) -> Table:
         found.setdefault(("left out", entry.why), []).append(entry.tensor)
     kept = sorted(found, key=lambda key: (key[0] == "left out", -len(found[key])))[:_MOST_SHOWN]
     rows = [(*key, f"{len(found[key]):,}", ", ".join(found[key][:3])) for key in kept]
-    title = _title("What was not computed", len(kept), len(found))
+    title = fit("What was not computed", len(kept), len(found))
     return Table(title, ("", "why", "tensors", "for instance"), rows)
 
 
 def _matched(output: Output) -> Table:
     rules = output.manifest.rules[:_MOST_SHOWN]
-    title = _title("Matched otherwise than by name and shape", len(rules), len(output.manifest.rules))
+    title = fit("Matched otherwise than by name and shape", len(rules), len(output.manifest.rules))
     return Table(title, ("rule", "what it did"), [(entry.rule, entry.what) for entry in rules])
 
 
@@ -143,7 +144,7 @@ def _workers(output: Output) -> Table:
     every = sorted(shares(output.pieces), key=lambda one: -one.bytes_written)
     kept = every[:_MOST_SHOWN]
     header = ("worker", "pieces", "written", "speed", "reading", "computing", "writing", "retried")
-    return Table(_title("By worker", len(kept), len(every)), header, [_worker(one, run_s) for one in kept])
+    return Table(fit("By worker", len(kept), len(every)), header, [_worker(one, run_s) for one in kept])
 
 
 def _worker(one: WorkerShare, run_s: float) -> tuple[str, ...]:

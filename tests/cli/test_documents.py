@@ -11,9 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from referencing import Registry, Resource
 from refusal import make_models, run_rv, transfer
-from schemas import strict
+from schemas import SCHEMAS, check
 
 import rv_distributed as rv
 from rv_distributed.checkpoint.manifest import MANIFEST_SCHEMA
@@ -21,22 +20,7 @@ from rv_distributed.cli.progress import log_as_json
 from rv_distributed.cli.recipe import STARTER
 from rv_distributed.logs import JsonLines
 
-SCHEMAS = {
-    path.name: json.loads(path.read_text()) for path in (Path(rv.__file__).parent / "schemas").glob("*.schema.json")
-}
 LOCAL = ("--runtime", "local")
-
-
-REGISTRY: Registry[Any] = Registry().with_resources(
-    (name, Resource.from_contents(strict(schema))) for name, schema in SCHEMAS.items()
-)
-
-
-def check(name: str, text: str) -> Any:
-    document = json.loads(text)
-    schema = strict(SCHEMAS[f"{name}.schema.json"])
-    jsonschema.Draft202012Validator(schema, registry=REGISTRY).validate(document)
-    return document
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from rv_distributed.demo import make_checkpoints
 from rv_distributed.plan import PIECE_ALIGNMENT, PieceTask, PlanOptions, task_of
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
 from rv_distributed.runtime.on_ray import RayRuntime, pool
-from rv_distributed.runtime.on_ray.pool import _wait
+from rv_distributed.runtime.on_ray.pool import wait
 from rv_distributed.storage.publish import preallocate
 
 SMALL = PlanOptions(max_shard_bytes=5_000_000, piece_bytes=PIECE_ALIGNMENT)
@@ -282,7 +282,7 @@ def test_what_a_signal_handler_raises_inside_ray_keeps_its_type() -> None:
     try:
         sender.start()
         with pytest.raises(rv.Interrupted):
-            _wait([actor.run.remote()], 600)
+            wait([actor.run.remote()], 600)
     finally:
         signal.signal(signal.SIGTERM, before)
         sender.join()

@@ -99,7 +99,7 @@ class Pool:
                 return
             if not self._calls:
                 raise WorkerError("no worker is left, and those that were asked for died at once")
-            ended = _wait(list(self._calls), max(0.0, min(_WAIT_S, self._looked + _LOOK_S - time.monotonic())))
+            ended = wait(list(self._calls), max(0.0, min(_WAIT_S, self._looked + _LOOK_S - time.monotonic())))
             if time.monotonic() >= self._looked + _LOOK_S:
                 self._look()
             for ref in ended:
@@ -112,7 +112,7 @@ class Pool:
                 except RayTaskError as error:
                     raise RunError(f"a worker failed: {error.cause!r}") from error
                 except RayError as error:
-                    self._lose(call, _brief(error))
+                    self._lose(call, brief(error))
                     continue
                 if isinstance(result, RvError):
                     raise result
@@ -233,7 +233,7 @@ def _draining_nodes() -> set[str]:
     return set()
 
 
-def _wait(calls: list[Any], timeout_s: float) -> list[Any]:
+def wait(calls: list[Any], timeout_s: float) -> list[Any]:
     """The calls that have ended, once there is one; none after ``timeout_s``."""
     try:
         ended: list[Any] = ray.wait(calls, num_returns=1, timeout=timeout_s)[0]
@@ -245,7 +245,7 @@ def _wait(calls: list[Any], timeout_s: float) -> list[Any]:
     return ended
 
 
-def _brief(error: RayError) -> str:
+def brief(error: RayError) -> str:
     """The line that matters of an error of Ray's, which explains itself at length."""
     lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()] or [repr(error)]
     line = lines[-1] if "creation task" in lines[0] else lines[0]

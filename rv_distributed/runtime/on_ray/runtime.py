@@ -33,7 +33,8 @@ class RayRuntime:
         self._pieces = pieces
         self._buffer_bytes = buffer_bytes
         self._started = False
-        self._uses_gpus = False
+        self.uses_gpus = False
+        """Whether each worker gets a GPU; known once it is entered."""
 
     def __enter__(self) -> RayRuntime:
         """Connect. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
@@ -53,7 +54,7 @@ class RayRuntime:
                 raise UsageError(
                     "--device cuda: the Ray cluster has no GPUs; use --device cpu, or give --workers if it scales up"
                 )
-            self._uses_gpus = gpus > 0 or self._options.device == "cuda"
+            self.uses_gpus = gpus > 0 or self._options.device == "cuda"
         except BaseException:
             self.__exit__()
             raise
@@ -66,7 +67,7 @@ class RayRuntime:
 
     def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`."""
-        device = self._options.device if self._uses_gpus else "cpu"
+        device = self._options.device if self.uses_gpus else "cpu"
         pool = Pool(replace(config, device=device), self._wanted, self._requests(config), self._pieces)
         try:
             yield from pool.run(iter(tasks))
@@ -75,17 +76,14 @@ class RayRuntime:
 
     def _wanted(self) -> int:
         """How many actors are of use: as many as asked for, or as the cluster has room for just now."""
-        room = _resource("GPU") if self._uses_gpus else _resource("CPU") // self._options.cpus_per_worker
+        room = _resource("GPU") if self.uses_gpus else _resource("CPU") // self._options.cpus_per_worker
         return min(self._pieces, self._options.workers or max(1, room))
 
-    def _requests(self, config: WorkerConfig) -> dict[str, Any]:
-        """The options of every actor."""
+    def placement(self) -> dict[str, Any]:
+        """Ray's options for where a worker runs, and on how much; known once it is entered."""
         options: dict[str, Any] = {
-            "num_gpus": 1 if self._uses_gpus else 0,
-            "num_cpus": 1 if self._uses_gpus else self._options.cpus_per_worker,
-            "memory": _ACTOR_BYTES + self._buffer_bytes,
-            "max_restarts": 0,
-            "max_concurrency": config.streams + 1,
+            "num_gpus": 1 if self.uses_gpus else 0,
+            "num_cpus": 1 if self.uses_gpus else self._options.cpus_per_worker,
             "scheduling_strategy": "SPREAD",
         }
         if self._options.workers_per_node is not None:
@@ -95,6 +93,11 @@ class RayRuntime:
         if self._options.node_labels:
             options["label_selector"] = dict(self._options.node_labels)
         return options
+
+    def _requests(self, config: WorkerConfig) -> dict[str, Any]:
+        """The options of every actor."""
+        memory = _ACTOR_BYTES + self._buffer_bytes
+        return {**self.placement(), "memory": memory, "max_restarts": 0, "max_concurrency": config.streams + 1}
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
