@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from eval_models import write_model, write_tasks
 
@@ -70,7 +72,12 @@ def test_both_runtimes_give_the_same_answers(place: Path, tmp_path: Path) -> Non
     here, _ = evaluate(place, tmp_path / "here", "local", "tiny_choice", in_memory=True)
     there, seen = evaluate(place, tmp_path / "there", "ray", "tiny_choice", in_memory=True, workers=1)
     assert here.outcome == there.outcome
-    assert (tmp_path / "here/rv_items.parquet").read_bytes() == (tmp_path / "there/rv_items.parquet").read_bytes()
+    mine, theirs = (pq.read_table(tmp_path / out / "rv_items.parquet").to_pylist() for out in ("here", "there"))
+    for one, other in zip(mine, theirs, strict=True):
+        # With another number of threads torch adds up in another order.
+        found = [[float(log) for log, _ in json.loads(row.pop("response"))] for row in (one, other)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+        assert one == other
     assert [progress.done for progress in seen] == [1, 2]
 
 
