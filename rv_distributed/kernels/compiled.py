@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from rv_distributed.kernels import strips
+from rv_distributed.kernels.entry import words
 from rv_distributed.kernels.keys import COUNTERS, noise_keys
 from rv_distributed.measures import Measures
 from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 Bytes = npt.NDArray[np.uint8]
-_LEVELS = {"none": strips.NOTHING, "basic": strips.BASIC, "full": strips.FULL}
+_LEVELS: Final = {"none": strips.NOTHING, "basic": strips.BASIC, "full": strips.FULL}
+_NO_KEYS: Final = np.empty(0, np.uint32)
+_NUMBER: Final = ("<i8", 0)
+_BYTES, _MATRIX, _ROWS = ("|u1", 1), ("<f4", 2), ("|u1", 2)
+#: The arguments of `strips.combine`.
+_KINDS: Final = (
+    *(_BYTES, _NUMBER, _NUMBER, ("<i8", 2), _MATRIX, _MATRIX, _NUMBER, _ROWS, _NUMBER, _NUMBER, _NUMBER, _NUMBER),
+    *(("<u4", 1), _NUMBER, _NUMBER, _MATRIX, _ROWS, ("<u2", 1), ("<f8", 2), ("<i8", 2)),
+)
 
 
 class RawOperand(NamedTuple):
@@ -37,9 +46,14 @@ class CompiledCombiner:
         self._level = _LEVELS[stats]
         self._arithmetic = arithmetic
         self._weighted = weighted
-        self._scratch = np.empty((3 + 2 * outputs, strips.STRIP), np.float32)
-        self._spare = np.empty((3, 4 * strips.STRIP), np.uint8)
-        self._steps = np.empty(strips.STRIP, np.uint16)
+        scratch = np.empty((3 + 2 * outputs, strips.STRIP), np.float32)
+        spare, steps = np.empty((3, 4 * strips.STRIP), np.uint8), np.empty(strips.STRIP, np.uint16)
+        self._sums, self._counts = np.zeros((outputs, strips.SUMS)), np.zeros((outputs, strips.COUNTS), np.int64)
+        # Looking at an array takes as long as the whole call: those that come again and again are looked at once.
+        self._always = [word for array in (scratch, spare, steps, self._sums, self._counts) for word in words(array)]
+        self._kept_alive = scratch, spare, steps
+        self._weights: Sequence[Weights] | None = None
+        self._looked_at: dict[str, tuple[object, tuple[int, ...]]] = {}
 
     def compute(
         self,
@@ -61,35 +75,46 @@ class CompiledCombiner:
         element ``first`` of the tensor ``name``; ``weights`` has those of each, and ``outs`` is contiguous. Returns the
         measures of each. Bits and measures are those of `Combiner`.
         """
-        sums = np.zeros((len(outs), strips.SUMS))
-        counts = np.zeros((len(outs), strips.COUNTS), np.int64)
-        strips.combine(
-            arena,
+        self._sums.fill(0)
+        self._counts.fill(0)
+        operands = np.array([_numbers(plus) + _numbers(minus) for plus, minus in vectors], np.int64).reshape(-1, 4)
+        keys = self._keys(name if target else f"vector of {name}", first, dtype)
+        strips.combine.of(*_KINDS)(
+            *self._words_of("arena", arena),
             *((target.at, strips.CODES[target.dtype]) if target else (0, strips.NO_TENSOR)),
-            np.array([_numbers(plus) + _numbers(minus) for plus, minus in vectors], np.int64).reshape(-1, 4),
-            np.array([of.alphas for of in weights], np.float32).reshape(len(outs), -1),
-            np.array([of[1:] for of in weights if self._arithmetic.order != "each"], np.float32).reshape(-1, 2),
+            *words(operands),
+            *self._weighing(weights),
             self._arithmetic.order == "fused",
-            outs,
+            *self._words_of("outs", outs),
             at,
             strips.CODES[dtype],
             first,
             count,
-            self._keys(name if target else f"vector of {name}", first, dtype),
+            *self._words_of("keys", keys),
             self._weighted,
             self._level,
-            self._scratch,
-            self._spare,
-            self._steps,
-            sums,
-            counts,
+            *self._always,
         )
         scales = [of.alphas[0] if of.alphas and target and not self._weighted else 1.0 for of in weights]
-        return [_measures(*of) for of in zip(sums, counts, scales, strict=True)]
+        return [_measures(*of) for of in zip(self._sums, self._counts, scales, strict=True)]
+
+    def _words_of(self, role: str, array: npt.NDArray[Any]) -> tuple[int, ...]:
+        known = self._looked_at.get(role)
+        if known is None or known[0] is not array:
+            known = self._looked_at[role] = array, words(array)
+        return known[1]
+
+    def _weighing(self, weights: Sequence[Weights]) -> tuple[int, ...]:
+        if self._weights is not weights:
+            self._weights = weights
+            self._alphas = np.array([of.alphas for of in weights], np.float32).reshape(len(weights), -1)
+            sums = [of[1:] for of in weights if self._arithmetic.order != "each"]
+            self._after = np.array(sums, np.float32).reshape(-1, 2)
+        return self._words_of("alphas", self._alphas) + self._words_of("after", self._after)
 
     def _keys(self, name: str, first: int, dtype: str) -> npt.NDArray[np.uint32]:
         if self._arithmetic.rounding == "nearest":
-            return np.empty(0, np.uint32)
+            return _NO_KEYS
         return word_keys(self._arithmetic.seed, name, first // 2 if dtype == "BF16" else first)
 
 

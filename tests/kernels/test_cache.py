@@ -1,4 +1,4 @@
-"""Numba's cache of machine code is a help and never a reason to fail: full, damaged, or nowhere."""
+"""What is kept of machine code is a help and never a reason to fail: full, damaged, or nowhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 COMPUTE = """
+import sys
+
 import numpy as np
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.recipe import Arithmetic, Weights
@@ -23,13 +25,14 @@ arena = values.view(np.uint8)
 (found,) = combiner.compute(
     arena, target, [(vector, None)], [Weights((0.5,))], out, 0, "F32", name="x", first=0, count=8
 )
-print(out.view(np.float32).tolist(), found.nonzero, found.changed)
+print(out.view(np.float32).tolist(), found.nonzero, found.changed, "numba" in sys.modules)
 """
-MADE = f"{[[n + (n + 8) / 2 for n in range(8)]]} 8 8\n"
+MADE = f"{[[n + (n + 8) / 2 for n in range(8)]]} 8 8"
 
 
-def compute(cache: Path, *, file_bytes: int | None = None) -> None:
-    """Compute a few elements in a process of its own; ``file_bytes``: the largest file that it may write."""
+def compute(cache: Path, *, compiles: bool = True, file_bytes: int | None = None) -> None:
+    """Compute a few elements in a process of its own, which ``compiles`` or finds machine code; ``file_bytes``: the
+    largest file that it may write."""
 
     def limit() -> None:
         if file_bytes is not None:
@@ -40,11 +43,11 @@ def compute(cache: Path, *, file_bytes: int | None = None) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
         preexec_fn=limit,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, MADE), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{MADE} {compiles}\n"), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +57,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("suffix", [".nbi", pytest.param(".nbc", marks=pytest.mark.slow)])
-def test_a_damaged_cache_is_passed_over(cache: Path, suffix: str) -> None:
-    (path,) = cache.rglob(f"*{suffix}")
+def test_where_machine_code_is_kept_numba_is_not_imported(cache: Path) -> None:
+    compute(cache, compiles=False)
+
+
+@pytest.mark.parametrize(
+    "keep", [pytest.param(slice(0, 100), marks=pytest.mark.slow), slice(0, -1)], ids=["its beginning", "all but a byte"]
+)
+def test_damaged_machine_code_is_passed_over_and_replaced(cache: Path, keep: slice) -> None:
+    (path,) = cache.rglob("*.o")
     whole = path.read_bytes()
-    path.write_bytes(whole[:100])
-    try:
-        compute(cache)
-    finally:
-        path.write_bytes(whole)
+    path.write_bytes(whole[keep])
+    compute(cache)
+    compute(cache, compiles=False)
 
 
 def test_a_cache_without_room_is_passed_over(tmp_path: Path) -> None:
     compute(tmp_path, file_bytes=1000)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.slow
