@@ -201,6 +201,11 @@ class Span(NamedTuple):
     requantized: Requantized | None = None
 
     @property
+    def operands(self) -> list[Source | None]:
+        """The target, and the two sources of each vector."""
+        return [self.target, *(source for vector in self.vectors for source in (vector.plus, vector.minus))]
+
+    @property
     def is_opaque(self) -> bool:
         """Whether its bytes are copied without a look at what they mean."""
         return self.requantized is None and is_opaque(self.dtype, self.vectors)

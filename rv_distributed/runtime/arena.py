@@ -5,7 +5,8 @@ then. What lies on this machine's storage is read for the whole chunk at once, a
 network is asked for as soon as the chunk is known, all of it at once, and then waited for. What has to be decoded is
 decoded block by block, from what is read for it.
 
-`Arena.load` says which chunk is to come; then `Arena.need` is called before any of its bytes are looked at.
+`Arena.load` says which chunk is to come; then `Arena.find` or `Arena.need` is called before any of its bytes are
+looked at.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from typing import Final
@@ -29,6 +30,7 @@ from rv_distributed.storage import Reader, open_reader
 from rv_distributed.storage.objects import REQUEST_BYTES
 
 _OPEN_FILES: Final = 16
+_CACHE_LINE: Final = 64
 
 
 class Arena:
@@ -43,7 +45,8 @@ class Arena:
         self._readers: OrderedDict[str, Reader] = OrderedDict()
         self._reads: tuple[Read, ...] = ()
         self._places: list[int] = []
-        self._done: list[int] = []
+        self._there: list[tuple[int, int]] = []
+        """By read, from where to where its bytes are in their places, counted from its first."""
         self._fetches: dict[int, list[Future[None]]] = {}
         """By read, what has been asked for and not waited for yet."""
         self._decodings: tuple[Decoding, ...] = ()
@@ -70,7 +73,7 @@ class Arena:
         self._buffer.grow(chunk.arena_bytes)
         self._reads, self._names = chunk.reads, names
         self._places = [read.at for read in chunk.reads]
-        self._done = [0] * len(chunk.reads)
+        self._there = [(0, 0)] * len(chunk.reads)
         self._decodings = chunk.decodings
         self._decoded = [0] * len(chunk.decodings)
         self._decoded_from = chunk.decodings[0].at if chunk.decodings else chunk.arena_bytes
@@ -85,6 +88,44 @@ class Arena:
                     for start, count in _requests(read.nbytes)
                 ]
 
+    def find(self, wanted: Sequence[tuple[int, int]]) -> list[int]:
+        """Where some ranges of the chunk's reads and decodings are to be found, each given by its place and its length.
+
+        They stay there until the next call. What the page cache holds is copied to where its read begins, again and
+        again: to the same memory, which the processor's caches hold. A place of -1 stays -1. Raises PieceError.
+        """
+        found = [at for at, _ in wanted]
+        for at, nbytes in wanted:
+            if at >= self._decoded_from:
+                self._decode(at, nbytes)
+        numbers = [self._number(at) if 0 <= at < self._decoded_from else None for at, _ in wanted]
+        for index, ((at, nbytes), number) in enumerate(zip(wanted, numbers, strict=True)):
+            if number is not None:
+                is_alone = numbers.count(number) == 1
+                found[index] = self._copied(number, at, nbytes) if is_alone else -1
+                if found[index] < 0:
+                    self.need(at, nbytes)
+                    found[index] = at
+        return found
+
+    def _copied(self, number: int, at: int, nbytes: int) -> int:
+        """Where a range is now, out of the page cache, near where its read begins; -1 if that cannot be."""
+        read = self._reads[number]
+        to = at if at == read.at else -(-read.at // _CACHE_LINE) * _CACHE_LINE
+        if number in self._fetches or self._there[number] != (0, 0) or to + nbytes > read.at + read.nbytes:
+            return -1
+        began = time.perf_counter()
+        try:
+            reader = self._reader(read.path)
+            count = reader.read_cached(self._buffer.view[to : to + nbytes], read.offset + at - read.at)
+        except OSError as error:
+            raise self._failed(read, error) from error
+        self.read_s += time.perf_counter() - began
+        if count < nbytes:
+            return -1
+        self.bytes_read += nbytes
+        return to
+
     def need(self, at: int, nbytes: int) -> None:
         """Return once ``nbytes`` bytes from ``at``, which lie in one of the chunk's reads or decodings, are there.
 
@@ -93,27 +134,33 @@ class Arena:
         if at >= self._decoded_from:
             self._decode(at, nbytes)
             return
-        number = bisect_right(self._places, at) - 1
-        read, done = self._reads[number], self._done[number]
-        wanted = at + nbytes - read.at
-        if wanted <= done:
+        number = self._number(at)
+        read, (start, stop) = self._reads[number], self._there[number]
+        first, last = at - read.at, at - read.at + nbytes
+        if start <= first and last <= stop:
             return
+        if not start <= first <= stop:
+            start = stop = first
         began = time.perf_counter()
         try:
             if number in self._fetches:
                 self._wait_for_fetches(number)
-                stop = read.nbytes
+                start, stop, done = 0, 0, read.nbytes
             else:
                 reader = self._reader(read.path)
-                stop = done + reader.read_cached(self._buffer.view[read.at + done : at + nbytes], read.offset + done)
-                if stop < wanted:
-                    self._wait_for(reader, read, stop)
-                    stop = read.nbytes
+                done = stop + reader.read_cached(self._buffer.view[read.at + stop : at + nbytes], read.offset + stop)
+                if done < last:
+                    self._wait_for(reader, read, done)
+                    done = read.nbytes
         except OSError as error:
             raise self._failed(read, error) from error
-        self._done[number] = stop
-        self.bytes_read += stop - done
+        self._there[number] = start, done
+        self.bytes_read += done - stop
         self.read_s += time.perf_counter() - began
+
+    def _number(self, at: int) -> int:
+        """Of the read that a place belongs to."""
+        return bisect_right(self._places, at) - 1
 
     def drop(self) -> None:
         """Give up what has been asked for; nothing writes to the memory any more."""

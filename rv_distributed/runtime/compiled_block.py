@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.measures import Measures
-from rv_distributed.plan import Source, Span
+from rv_distributed.plan import Span
 from rv_distributed.recipe import Weights
 from rv_distributed.runtime.buffers import Bytes
-from rv_distributed.runtime.chunks import Part
 from rv_distributed.runtime.model import WorkerConfig
 
 
@@ -28,29 +26,27 @@ class CompiledBlock:
     def __call__(
         self,
         span: Span,
-        part: Part,
+        places: Sequence[int],
         weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
-        done: int,
+        first: int,
         count: int,
     ) -> list[Measures]:
-        def raw(place: int, operand: Source) -> RawOperand:
-            return RawOperand(place + done * item_bytes(operand.dtype), operand.dtype)
-
+        target, *others = [
+            RawOperand(place, source.dtype) if source is not None else None
+            for place, source in zip(places, span.operands, strict=True)
+        ]
         return self._combiner.compute(
             arena,
-            raw(part.target, span.target) if span.target else None,
-            [
-                (raw(plus_at, operand.plus), raw(minus_at, operand.minus) if operand.minus else None)
-                for operand, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True)
-            ],
+            target,
+            [(plus, minus) for plus, minus in zip(others[::2], others[1::2], strict=True) if plus is not None],
             weights,
             outs,
             at,
             span.dtype,
             name=span.name,
-            first=part.first + done,
+            first=first,
             count=count,
         )

@@ -10,7 +10,6 @@ from typing import Final, Protocol
 import numpy as np
 
 from rv_distributed.checkpoint.dtypes import item_bytes
-from rv_distributed.checkpoint.sources import Source
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Span
 from rv_distributed.recipe import Weights
@@ -30,15 +29,16 @@ class Block(Protocol):
     def __call__(
         self,
         span: Span,
-        part: Part,
+        places: Sequence[int],
         weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
-        done: int,
+        first: int,
         count: int,
     ) -> list[Measures]:
-        """Compute elements ``done`` to ``done + count`` of the part into every row of ``outs``, from byte ``at``."""
+        """Compute elements ``first`` to ``first + count`` of the span's tensor into every row of ``outs``, from byte
+        ``at``. ``places`` has, for each of the span's `operands`, where its bytes are in the arena."""
         ...
 
 
@@ -64,7 +64,7 @@ class PartComputer:
         the same however the file is cut into chunks and pieces.
         """
         if span.requantized is not None:
-            arena.decoder.keep_only(_sources(span))
+            arena.decoder.keep_only(span.operands)
             yield from self._requantizer.compute(span, span.requantized, part, arena, outs, start)
             return
         if span.is_opaque:
@@ -72,7 +72,7 @@ class PartComputer:
             outs[:, part.at : part.at + part.nbytes] = arena.array[part.target : part.target + part.nbytes]
             yield Computed(part.at, part.at + part.nbytes, ())
             return
-        arena.decoder.keep_only(_sources(span))
+        arena.decoder.keep_only(span.operands)
         weights = [span.weights[number] for number in self._numbers]
         block = self._wide_block if span.is_wide else self._block
         item = item_bytes(span.dtype)
@@ -84,10 +84,11 @@ class PartComputer:
             # A border that cuts through the first element makes it a block: the part before it has measured it.
             is_cut = done == 0 and part.skip > 0
             count = 1 if is_cut else min(max(1, (border - place) // item), part.elements - done)
-            _fetch(span, part, arena, done, count)
+            places = arena.find(_wanted(span, part, done, count))
             low, high = max(place, part.at), min(place + count * item, part.at + part.nbytes)
-            measured = _fill(block, span, part, weights, arena.array, outs, place, low, high, done, count)
-            leaves = () if is_cut else tuple((number, found.moved(part.first + done)) for found in measured)
+            first = part.first + done
+            measured = _fill(block, span, places, weights, arena.array, outs, place, low, high, first, count)
+            leaves = () if is_cut else tuple((number, found.moved(first)) for found in measured)
             yield Computed(low, high, leaves)
             done += count
 
@@ -95,38 +96,31 @@ class PartComputer:
 def _fill(
     block: Block,
     span: Span,
-    part: Part,
+    places: Sequence[int],
     weights: Sequence[Weights],
     arena: Bytes,
     outs: Bytes,
     place: int,
     low: int,
     high: int,
-    done: int,
+    first: int,
     count: int,
 ) -> list[Measures]:
     item = item_bytes(span.dtype)
     if low == place and high == place + count * item and place % item == 0:
-        return block(span, part, weights, arena, outs, place, done, count)
+        return block(span, places, weights, arena, outs, place, first, count)
     # Elements at odd addresses, or some of their bytes are another part's.
     whole = np.empty((len(outs), count * item), np.uint8)
-    measured = block(span, part, weights, arena, whole, 0, done, count)
+    measured = block(span, places, weights, arena, whole, 0, first, count)
     outs[:, low:high] = whole[:, low - place : high - place]
     return measured
 
 
-def _fetch(span: Span, part: Part, arena: Arena, done: int, count: int) -> None:
-    """Wait for elements ``done`` to ``done + count`` of all operands."""
+def _wanted(span: Span, part: Part, done: int, count: int) -> list[tuple[int, int]]:
+    """Where elements ``done`` to ``done + count`` of the span's operands have their places, and their bytes."""
     places = [part.target, *(place for places in part.vectors for place in places)]
-    for at, source in zip(places, _sources(span), strict=True):
-        if source is not None:
-            item = item_bytes(source.dtype)
-            arena.need(at + done * item, count * item)
-
-
-def _sources(span: Span) -> list[Source | None]:
-    """The target, and the two sources of each vector."""
-    return [span.target, *(source for vector in span.vectors for source in (vector.plus, vector.minus))]
+    items = [item_bytes(source.dtype) if source is not None else 0 for source in span.operands]
+    return [(at + done * item, count * item) for at, item in zip(places, items, strict=True)]
 
 
 def _choose_block(config: WorkerConfig, device: str, block_bytes: int) -> Block:

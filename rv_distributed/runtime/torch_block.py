@@ -16,7 +16,6 @@ from rv_distributed.measures import Measures
 from rv_distributed.plan import Source, Span
 from rv_distributed.recipe import Weights
 from rv_distributed.runtime.buffers import Bytes
-from rv_distributed.runtime.chunks import Part
 from rv_distributed.runtime.model import WorkerConfig
 
 
@@ -41,17 +40,16 @@ class TorchBlock:
     def __call__(
         self,
         span: Span,
-        part: Part,
+        places: Sequence[int],
         weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
-        done: int,
+        first: int,
         count: int,
     ) -> list[Measures]:
-        def load(place: int, operand: Source) -> torch.Tensor:
-            dtype = TORCH_DTYPES[operand.dtype]
-            start = place + done * dtype.itemsize
+        def load(start: int, source: Source) -> torch.Tensor:
+            dtype = TORCH_DTYPES[source.dtype]
             raw = torch.from_numpy(arena[start : start + count * dtype.itemsize])
             values = (raw if start % dtype.itemsize == 0 else raw.clone()).view(dtype)
             return values if self._stream is None else values.to(self._device, non_blocking=True)
@@ -61,16 +59,15 @@ class TorchBlock:
             stop = at + count * dtype.itemsize
             raws = [torch.from_numpy(out[at:stop]).view(dtype) for out in outs]
             results = raws if self._stream is None else [torch.empty_like(raw, device=self._device) for raw in raws]
-            vectors = [
-                (load(plus_at, operand.plus), load(minus_at, operand.minus) if operand.minus else None)
-                for operand, (plus_at, minus_at) in zip(span.vectors, part.vectors, strict=True)
+            target, *others = [
+                load(place, source) if source is not None else None
+                for place, source in zip(places, span.operands, strict=True)
             ]
-            name, first = span.name, part.first + done
-            if span.target is None and self._order == "each":
-                measured = [self._combiner.extract(results[0], *vectors[0], name=name, first=first)]
+            vectors = [(plus, minus) for plus, minus in zip(others[::2], others[1::2], strict=True) if plus is not None]
+            if target is None and self._order == "each":
+                measured = [self._combiner.extract(results[0], *vectors[0], name=span.name, first=first)]
             else:
-                target = load(part.target, span.target) if span.target else None
-                measured = self._combiner.combine(results, target, vectors, weights, name=name, first=first)
+                measured = self._combiner.combine(results, target, vectors, weights, name=span.name, first=first)
             if self._stream is not None:
                 for raw, result in zip(raws, results, strict=True):
                     raw.copy_(result, non_blocking=True)

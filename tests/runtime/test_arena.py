@@ -63,6 +63,47 @@ def test_every_block_is_there_once_it_is_needed(source: Path, cached_bytes: int)
     assert arena.array[at : at + NBYTES - OFFSET].tobytes() == CONTENT[OFFSET:]
 
 
+def found(arena: Arena, wanted: list[tuple[int, int]]) -> list[bytes]:
+    places = arena.find(wanted)
+    return [arena.array[place : place + nbytes].tobytes() for place, (_, nbytes) in zip(places, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("cached_bytes", [NBYTES, 1 << 20, 0], ids=["cached", "cached in part", "not cached"])
+def test_every_block_is_found(source: Path, cached_bytes: int) -> None:
+    drop(source, cached_bytes)
+    arena, at, processor = arena_for(source)
+    with processor:
+        for done in range(0, NBYTES - OFFSET, BLOCK):
+            nbytes = min(BLOCK, NBYTES - OFFSET - done)
+            assert found(arena, [(-1, 0), (at + done, nbytes)])[1] == CONTENT[OFFSET + done : OFFSET + done + nbytes]
+        assert arena.find([(-1, 0)]) == [-1]
+        assert arena.bytes_read == NBYTES - OFFSET
+        # And again, from its beginning on.
+        assert found(arena, [(at + 3, 2 * BLOCK)]) == [CONTENT[OFFSET + 3 : OFFSET + 3 + 2 * BLOCK]]
+
+
+def test_what_is_cached_is_copied_to_the_same_memory_again_and_again(source: Path) -> None:
+    arena, at, processor = arena_for(source)
+    with processor:
+        places = [arena.find([(at + n * BLOCK, BLOCK)])[0] for n in range(5)]
+    assert places[0] == at
+    assert set(places[1:]) == {-(-at // 64) * 64}
+
+
+@pytest.mark.parametrize("cached_bytes", [NBYTES, 1 << 20, 0], ids=["cached", "cached in part", "not cached"])
+def test_ranges_of_one_read_do_not_overwrite_each_other(source: Path, cached_bytes: int) -> None:
+    drop(source, cached_bytes)
+    arena, at, processor = arena_for(source)
+    content = CONTENT[OFFSET:]
+    with processor:
+        assert found(arena, [(at + 100, 50)]) == [content[100:150]]
+        wanted = [(1 << 20, BLOCK), (64, BLOCK), (0, 1000)]
+        made = found(arena, [(at + start, nbytes) for start, nbytes in wanted])
+        assert made == [content[start : start + nbytes] for start, nbytes in wanted]
+        assert found(arena, [(at + (2 << 20), BLOCK)]) == [content[2 << 20 : (2 << 20) + BLOCK]]
+        assert found(arena, [(at, 1000)]) == [content[:1000]]
+
+
 class Recorder:
     """Stands in for the methods of `RangeReader`; the first ``cached`` bytes of the file are in the cache."""
 
