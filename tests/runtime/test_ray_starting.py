@@ -87,9 +87,11 @@ def test_ray_is_as_it_was_once_it_is_up(monkeypatch: pytest.MonkeyPatch) -> None
     before = {name: vars(node)[name] for name in starting._SPARED}
     # A version of Ray that has one of them under another name starts its process.
     monkeypatch.setattr(starting, "_SPARED", (*starting._SPARED, "start_what_ray_has_not"))
-    with starting.few_processes():
+    environment = dict(os.environ)
+    with starting.quick_start():
         assert all(vars(node)[name] is not method for name, method in before.items())
         assert ray._private.utils.get_dashboard_dependency_error() is not None
     assert {name: vars(node)[name] for name in starting._SPARED if name in vars(node)} == before
+    assert dict(os.environ) == environment
     assert not hasattr(node, "start_what_ray_has_not")
     assert ray._private.utils.get_dashboard_dependency_error() is None

@@ -8,10 +8,11 @@ each node's agent imports half of a web server as well.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
 
 import ray
 
@@ -22,22 +23,35 @@ _SPARED: Final = ("start_api_server", "start_log_monitor", "start_monitor")
 _EXTRA: Final = "ray.dashboard.optional_deps"
 
 
+#: Its reports on tasks, which only a dashboard shows, and the last of which ray.shutdown would await for 0.25 s.
+_NO_REPORTS: Final = ("RAY_task_events_report_interval_ms", "0")
+
+
 @contextmanager
-def few_processes() -> Iterator[None]:
+def quick_start() -> Iterator[None]:
     """While this is entered, ray.init starts no more than a run needs, as if Ray was installed without extras."""
     node = ray._private.node.Node
-    spared = {name: method for name in _SPARED if (method := vars(node).get(name)) is not None}
-    extra = {_EXTRA: sys.modules[_EXTRA]} if _EXTRA in sys.modules else {}
-    for name in spared:
-        setattr(node, name, _start_nothing)
-    sys.modules[_EXTRA] = None  # type: ignore[assignment]  # the import system's way to say that there is none
+    with ExitStack() as stack:
+        for name in _SPARED:
+            if name in vars(node):
+                stack.callback(setattr, node, name, vars(node)[name])
+                setattr(node, name, _start_nothing)
+        # None is the import system's way to say that there is no such module.
+        stack.enter_context(_replaced(sys.modules, _EXTRA, None))
+        name, value = _NO_REPORTS
+        stack.enter_context(_replaced(os.environ, name, os.environ.get(name, value)))
+        yield
+
+
+@contextmanager
+def _replaced(mapping: MutableMapping[str, Any], key: str, value: object) -> Iterator[None]:
+    before = {key: mapping[key]} if key in mapping else {}
+    mapping[key] = value
     try:
         yield
     finally:
-        for name, method in spared.items():
-            setattr(node, name, method)
-        del sys.modules[_EXTRA]
-        sys.modules.update(extra)
+        del mapping[key]
+        mapping.update(before)
 
 
 def _start_nothing(*_: object, **__: object) -> None:
