@@ -95,3 +95,9 @@ def test_ray_is_as_it_was_once_it_is_up(monkeypatch: pytest.MonkeyPatch) -> None
     assert dict(os.environ) == environment
     assert not hasattr(node, "start_what_ray_has_not")
     assert ray._private.utils.get_dashboard_dependency_error() is None
+
+
+def test_a_ray_without_these_names_is_started_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ray._private.node, "Node")
+    with starting.quick_start():
+        assert not hasattr(ray._private.node, "Node")

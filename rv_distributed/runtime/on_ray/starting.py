@@ -16,13 +16,11 @@ from typing import Any, Final
 
 import ray
 
-#: Methods of Ray's that start one process each. They are not public: one that a version of Ray has under another name
-#: starts its process, as ever.
+#: Methods of Ray's that start one process each. They are not public: what a version of Ray has under other names is
+#: started as ever.
 _SPARED: Final = ("start_api_server", "start_log_monitor", "start_monitor")
 #: What Ray tries to import to learn whether it is installed with the extra.
 _EXTRA: Final = "ray.dashboard.optional_deps"
-
-
 #: Its reports on tasks, which only a dashboard shows, and the last of which ray.shutdown would await for 0.25 s.
 _NO_REPORTS: Final = ("RAY_task_events_report_interval_ms", "0")
 
@@ -30,7 +28,7 @@ _NO_REPORTS: Final = ("RAY_task_events_report_interval_ms", "0")
 @contextmanager
 def quick_start() -> Iterator[None]:
     """While this is entered, ray.init starts no more than a run needs, as if Ray was installed without extras."""
-    node = ray._private.node.Node
+    node = getattr(getattr(ray._private, "node", None), "Node", object)
     with ExitStack() as stack:
         for name in _SPARED:
             if name in vars(node):
