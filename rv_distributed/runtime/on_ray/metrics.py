@@ -1,4 +1,4 @@
-"""Counters that Ray exports to Prometheus, where it is installed as ``ray[default]``; elsewhere they count for nobody.
+"""Counters that a cluster exports to Prometheus where it has ``ray[default]``; elsewhere they count for nobody.
 
 Ray prefixes the names with ``ray_``, and ends those of counters with ``_total``. Seconds and bytes are counters and
 not histograms, whose sums Ray makes of the middles of their buckets. No tensor's name is a tag: there are too many.

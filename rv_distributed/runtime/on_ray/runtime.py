@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from rv_distributed.errors import UsageError, redacted
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
 from rv_distributed.runtime.on_ray.pool import Pool
+from rv_distributed.runtime.on_ray.starting import quick_start
 from rv_distributed.runtime.select import RunOptions, usable_cpus
 
 #: Ray's smallest object store is 75 MiB, and nothing of ours needs more.
@@ -108,7 +109,7 @@ class RayRuntime:
             "include_dashboard": False,
         }
         try:
-            with _own_sigterm():
+            with _own_sigterm(), nullcontext() if self._address else quick_start():
                 ray.init(address=self._address or "local", **common, **({} if self._address else here))
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = redacted(self._address) or "this machine"
