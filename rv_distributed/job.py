@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from rv_distributed.checkpoint.distributed import METADATA_FILE
 from rv_distributed.checkpoint.manifest import Manifest, Timings
@@ -39,6 +39,9 @@ from rv_distributed.storage.places import Room, check_rooms, place_problems, roo
 from rv_distributed.storage.publish import remove
 from rv_distributed.storage.uris import HubUri
 from rv_distributed.watching import ProgressCallback, Watch
+
+#: While some wait for the storage, there are enough others for the processors.
+_STREAMS_OF_CPU: Final = 3
 
 
 def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_options: RunOptions) -> Job:
@@ -76,7 +79,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     if places:
         raise OutputError(" ".join(map(str, places)))
     runtime = choose_runtime(run_options)
-    streams = _most_streams(run_options) if runtime == "local" else 2 * run_options.cpus_per_worker
+    streams = _most_streams(run_options) if runtime == "local" else _STREAMS_OF_CPU * run_options.cpus_per_worker
     remote_outputs = sum(map(is_remote, outs))
     sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options), remote_outputs=remote_outputs)
     return Job(recipe, plan_options, opened, plan, tuple(outs), pushes, complete, run_options, runtime, sizing)
@@ -165,7 +168,7 @@ def _check(cancel: threading.Event) -> None:
 
 def _most_streams(options: RunOptions) -> int:
     """Of the local runtime."""
-    return options.workers or min(16, 2 * usable_cpus())
+    return options.workers or min(24, _STREAMS_OF_CPU * usable_cpus())
 
 
 def _budget(options: RunOptions) -> int:

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from itertools import chain, pairwise
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from rv_distributed.kernels import strips
-from rv_distributed.kernels.entry import words
 from rv_distributed.kernels.keys import COUNTERS, noise_keys
 from rv_distributed.measures import Measures
 from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 Bytes = npt.NDArray[np.uint8]
 _LEVELS: Final = {"none": strips.NOTHING, "basic": strips.BASIC, "full": strips.FULL}
-_NO_KEYS: Final = np.empty(0, np.uint32)
-_NUMBER: Final = ("<i8", 0)
-_BYTES, _MATRIX, _ROWS = ("|u1", 1), ("<f4", 2), ("|u1", 2)
-#: The arguments of `strips.combine`.
-_KINDS: Final = (
-    *(_BYTES, _NUMBER, _NUMBER, ("<i8", 2), _MATRIX, _MATRIX, _NUMBER, _ROWS, _NUMBER, _NUMBER, _NUMBER, _NUMBER),
-    *(("<u4", 1), _NUMBER, _NUMBER, _MATRIX, _ROWS, ("<u2", 1), ("<f8", 2), ("<i8", 2)),
-)
 
 
 class RawOperand(NamedTuple):
@@ -34,6 +25,10 @@ class RawOperand(NamedTuple):
     """Its first byte in the arena."""
     dtype: str
     """By its safetensors name."""
+    fd: int = -1
+    """A file in whose page cache they are looked for: then each block of them is copied to ``at``."""
+    offset: int = 0
+    """Where they begin in that file."""
 
 
 class CompiledCombiner:
@@ -46,14 +41,9 @@ class CompiledCombiner:
         self._level = _LEVELS[stats]
         self._arithmetic = arithmetic
         self._weighted = weighted
-        scratch = np.empty((3 + 2 * outputs, strips.STRIP), np.float32)
-        spare, steps = np.empty((3, 4 * strips.STRIP), np.uint8), np.empty(strips.STRIP, np.uint16)
-        self._sums, self._counts = np.zeros((outputs, strips.SUMS)), np.zeros((outputs, strips.COUNTS), np.int64)
-        # Looking at an array takes as long as the whole call: those that come again and again are looked at once.
-        self._always = [word for array in (scratch, spare, steps, self._sums, self._counts) for word in words(array)]
-        self._kept_alive = scratch, spare, steps
-        self._weights: Sequence[Weights] | None = None
-        self._looked_at: dict[str, tuple[object, tuple[int, ...]]] = {}
+        self._scratch = np.empty((3 + 2 * outputs, strips.STRIP), np.float32)
+        self._spare = np.empty((3, 4 * strips.STRIP), np.uint8)
+        self._steps = np.empty(strips.STRIP, np.uint16)
 
     def compute(
         self,
@@ -67,54 +57,51 @@ class CompiledCombiner:
         *,
         name: str,
         first: int,
-        count: int,
-    ) -> list[Measures]:
+        sizes: Sequence[int],
+    ) -> list[list[Measures]]:
         """Fill every row of ``outs`` with ``target + Σ αₖ·vₖ``, or without a target with the vector or the models' sum.
 
-        They are ``count`` elements of ``dtype``, from byte ``at`` on, which is a multiple of its size, and from
-        element ``first`` of the tensor ``name``; ``weights`` has those of each, and ``outs`` is contiguous. Returns the
-        measures of each. Bits and measures are those of `Combiner`.
+        They are blocks of ``sizes`` elements of ``dtype``, one after another, from byte ``at`` on, which is a multiple
+        of its size, and from element ``first`` of the tensor ``name``; ``weights`` has those of each output, and
+        ``outs`` is contiguous. Returns the measures of each, by block: of fewer blocks when the page cache does not
+        hold an operand. Bits and measures are those of `Combiner`.
         """
-        self._sums.fill(0)
-        self._counts.fill(0)
-        operands = np.array([_numbers(plus) + _numbers(minus) for plus, minus in vectors], np.int64).reshape(-1, 4)
-        keys = self._keys(name if target else f"vector of {name}", first, dtype)
-        strips.combine.of(*_KINDS)(
-            *self._words_of("arena", arena),
-            *((target.at, strips.CODES[target.dtype]) if target else (0, strips.NO_TENSOR)),
-            *words(operands),
-            *self._weighing(weights),
+        sums = np.zeros((len(sizes), len(outs), strips.SUMS))
+        counts = np.zeros((len(sizes), len(outs), strips.COUNTS), np.int64)
+        operands = np.array([_numbers(of) for of in (target, *chain.from_iterable(vectors))], np.int64)
+        made = np.zeros(1, np.int64)
+        strips.combine_blocks(
+            arena,
+            operands,
+            np.array([of.alphas for of in weights], np.float32).reshape(len(outs), -1),
+            np.array([of[1:] for of in weights if self._arithmetic.order != "each"], np.float32).reshape(-1, 2),
             self._arithmetic.order == "fused",
-            *self._words_of("outs", outs),
+            outs,
             at,
             strips.CODES[dtype],
             first,
-            count,
-            *self._words_of("keys", keys),
+            np.array(sizes, np.int64),
+            self._keys(name if target else f"vector of {name}", first, dtype),
             self._weighted,
             self._level,
-            *self._always,
+            self._scratch,
+            self._spare,
+            self._steps,
+            sums,
+            counts,
+            np.empty(len(operands) + 2, np.int64),
+            np.empty((len(vectors), 4), np.int64),
+            made,
         )
         scales = [of.alphas[0] if of.alphas and target and not self._weighted else 1.0 for of in weights]
-        return [_measures(*of) for of in zip(self._sums, self._counts, scales, strict=True)]
-
-    def _words_of(self, role: str, array: npt.NDArray[Any]) -> tuple[int, ...]:
-        known = self._looked_at.get(role)
-        if known is None or known[0] is not array:
-            known = self._looked_at[role] = array, words(array)
-        return known[1]
-
-    def _weighing(self, weights: Sequence[Weights]) -> tuple[int, ...]:
-        if self._weights is not weights:
-            self._weights = weights
-            self._alphas = np.array([of.alphas for of in weights], np.float32).reshape(len(weights), -1)
-            sums = [of[1:] for of in weights if self._arithmetic.order != "each"]
-            self._after = np.array(sums, np.float32).reshape(-1, 2)
-        return self._words_of("alphas", self._alphas) + self._words_of("after", self._after)
+        return [
+            [_measures(*of) for of in zip(sums_of, counts_of, scales, strict=True)]
+            for sums_of, counts_of in zip(sums[: made[0]].tolist(), counts[: made[0]].tolist(), strict=True)
+        ]
 
     def _keys(self, name: str, first: int, dtype: str) -> npt.NDArray[np.uint32]:
         if self._arithmetic.rounding == "nearest":
-            return _NO_KEYS
+            return np.empty(0, np.uint32)
         return word_keys(self._arithmetic.seed, name, first // 2 if dtype == "BF16" else first)
 
 
@@ -125,15 +112,16 @@ def word_keys(seed: int, name: str, first: int) -> npt.NDArray[np.uint32]:
     return np.array(keys, np.uint32)
 
 
-def _numbers(operand: RawOperand | None) -> tuple[int, int]:
-    return (operand.at, strips.CODES[operand.dtype]) if operand is not None else (0, strips.NO_TENSOR)
+def _numbers(operand: RawOperand | None) -> tuple[int, int, int, int]:
+    if operand is None:
+        return 0, strips.NO_TENSOR, -1, 0
+    return operand.at, strips.CODES[operand.dtype], operand.fd, operand.offset
 
 
-def _measures(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], alpha: float) -> Measures:
-    count = counts.tolist()
+def _measures(sums: list[float], count: list[int], alpha: float) -> Measures:
     nonfinite = count[strips.NAN] + count[strips.INFINITE]
     at_least = [*count[strips.ULPS :], 0]
-    v_sq, t_sq, v_t, moved_v, error_sq = sums.tolist()
+    v_sq, t_sq, v_t, moved_v, error_sq = sums
     return Measures(
         v_sq,
         t_sq,

@@ -45,11 +45,9 @@ class Entry:
         self._made: dict[tuple[Kind, ...], Callable[..., None]] = {}
 
     def __call__(self, *args: Any) -> None:
-        self.of(*map(_kind, args))(*chain.from_iterable(map(words, args)))
-
-    def of(self, *kinds: Kind) -> Callable[..., None]:
-        """The function for arguments of these kinds, to be called with their `words`."""
-        return self._made.get(kinds) or self._make(kinds)
+        kinds = tuple(map(_kind, args))
+        function = self._made.get(kinds) or self._make(kinds)
+        function(*chain.from_iterable(map(_words, args)))
 
     def _make(self, kinds: tuple[Kind, ...]) -> Callable[..., None]:
         with _MAKING:
@@ -77,11 +75,8 @@ def _kind(arg: Any) -> Kind:
     raise TypeError(f"{type(arg).__name__} is nothing that compiled code takes")
 
 
-def words(arg: Any) -> tuple[Any, ...]:
-    """An argument as C has it: a number, or an array's address and its sizes, which are good while the array lives.
-
-    Raises ValueError for an array that is not contiguous.
-    """
+def _words(arg: Any) -> tuple[Any, ...]:
+    """An argument as C has it: a number, or an array's address and its sizes."""
     if not isinstance(arg, np.ndarray):
         return (arg,)
     if not arg.flags.c_contiguous:

@@ -23,6 +23,6 @@ V_SQ, T_SQ, V_T, MOVED_V, ERROR_SQ, SUMS = range(6)
 V_MAX_BITS, NONZERO, CHANGED, ABSORBED, ULPS_MAX, INEXACT, OVERFLOWED, NAN, INFINITE, FIRST, ULPS = range(11)
 COUNTS: Final = ULPS + 8
 
-combine: Final = Entry("combine", "combine")
+combine_blocks: Final = Entry("blocks", "combine_blocks")
 noise: Final = Entry("combine", "noise")
 all_sums: Final = Entry("combine", "all_sums")

@@ -5,7 +5,7 @@ then. What lies on this machine's storage is read for the whole chunk at once, a
 network is asked for as soon as the chunk is known, all of it at once, and then waited for. What has to be decoded is
 decoded block by block, from what is read for it.
 
-`Arena.load` says which chunk is to come; then `Arena.find` or `Arena.need` is called before any of its bytes are
+`Arena.load` says which chunk is to come; then `Arena.at_hand` or `Arena.need` is called before any of its bytes are
 looked at.
 """
 
@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NamedTuple
 
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.checkpoint.sources import ByteRange
@@ -31,6 +31,17 @@ from rv_distributed.storage.objects import REQUEST_BYTES
 
 _OPEN_FILES: Final = 16
 _CACHE_LINE: Final = 64
+
+
+class Found(NamedTuple):
+    """Where a range is."""
+
+    at: int
+    """In the arena; with a file, where each of its blocks is to be copied."""
+    fd: int = -1
+    """A file in whose page cache it may be, open until another is needed; -1 when it is in the arena."""
+    offset: int = 0
+    """Where it begins in that file."""
 
 
 class Arena:
@@ -88,43 +99,41 @@ class Arena:
                     for start, count in _requests(read.nbytes)
                 ]
 
-    def find(self, wanted: Sequence[tuple[int, int]]) -> list[int]:
-        """Where some ranges of the chunk's reads and decodings are to be found, each given by its place and its length.
+    def at_hand(self, wanted: Sequence[tuple[int, int]], blocks: Sequence[int]) -> list[Found] | None:
+        """Where some ranges of the chunk's reads are, each given by its place and its length; None when some of them
+        have to be waited for, or decoded.
 
-        They stay there until the next call. What the page cache holds is copied to where its read begins, again and
-        again: to the same memory, which the processor's caches hold. A place of -1 stays -1. Raises PieceError.
+        What the page cache may hold stays there, for whoever copies it block by block to the same memory again and
+        again, which the processor's caches hold: to where its read begins. The largest block of each range has
+        ``blocks`` bytes. A place of -1 stays -1. Raises PieceError.
         """
-        found = [at for at, _ in wanted]
-        for at, nbytes in wanted:
-            if at >= self._decoded_from:
-                self._decode(at, nbytes)
-        numbers = [self._number(at) if 0 <= at < self._decoded_from else None for at, _ in wanted]
-        for index, ((at, nbytes), number) in enumerate(zip(wanted, numbers, strict=True)):
-            if number is not None:
-                is_alone = numbers.count(number) == 1
-                found[index] = self._copied(number, at, nbytes) if is_alone else -1
-                if found[index] < 0:
-                    self.need(at, nbytes)
-                    found[index] = at
+        if len(wanted) > _OPEN_FILES or any(at >= self._decoded_from for at, _ in wanted):
+            return None
+        numbers = [self._number(at) for at, _ in wanted if at >= 0]
+        found = [Found(at) for at, _ in wanted]
+        for index, ((at, nbytes), block) in enumerate(zip(wanted, blocks, strict=True)):
+            number = self._number(at)
+            if at < 0 or self._is_there(number, at, nbytes):
+                continue
+            read = self._reads[number]
+            to = -(-read.at // _CACHE_LINE) * _CACHE_LINE
+            is_untouched = number not in self._fetches and self._there[number] == (0, 0)
+            # Ranges of one read would be copied to the same memory.
+            if not is_untouched or numbers.count(number) > 1 or to + block > read.at + read.nbytes:
+                return None
+            try:
+                fd = self._reader(read.path).cache_fd
+            except OSError as error:
+                raise self._failed(read, error) from error
+            if fd < 0:
+                return None
+            found[index] = Found(to, fd, read.offset + at - read.at)
         return found
 
-    def _copied(self, number: int, at: int, nbytes: int) -> int:
-        """Where a range is now, out of the page cache, near where its read begins; -1 if that cannot be."""
-        read = self._reads[number]
-        to = at if at == read.at else -(-read.at // _CACHE_LINE) * _CACHE_LINE
-        if number in self._fetches or self._there[number] != (0, 0) or to + nbytes > read.at + read.nbytes:
-            return -1
-        began = time.perf_counter()
-        try:
-            reader = self._reader(read.path)
-            count = reader.read_cached(self._buffer.view[to : to + nbytes], read.offset + at - read.at)
-        except OSError as error:
-            raise self._failed(read, error) from error
-        self.read_s += time.perf_counter() - began
-        if count < nbytes:
-            return -1
-        self.bytes_read += nbytes
-        return to
+    def _is_there(self, number: int, at: int, nbytes: int) -> bool:
+        start, stop = self._there[number]
+        first = at - self._reads[number].at
+        return start <= first and first + nbytes <= stop
 
     def need(self, at: int, nbytes: int) -> None:
         """Return once ``nbytes`` bytes from ``at``, which lie in one of the chunk's reads or decodings, are there.
@@ -135,10 +144,10 @@ class Arena:
             self._decode(at, nbytes)
             return
         number = self._number(at)
+        if self._is_there(number, at, nbytes):
+            return
         read, (start, stop) = self._reads[number], self._there[number]
         first, last = at - read.at, at - read.at + nbytes
-        if start <= first and last <= stop:
-            return
         if not start <= first <= stop:
             start = stop = first
         began = time.perf_counter()

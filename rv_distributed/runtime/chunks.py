@@ -89,15 +89,15 @@ class BandScales(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """A block that is finished."""
+    """Blocks that are finished, one after another."""
 
     start: int
     """Its first byte in the rows of the output buffers."""
     stop: int
-    leaves: tuple[Leaf, ...]
-    """Its measures, by output; none where nothing is measured."""
+    leaves: tuple[tuple[Leaf, ...], ...]
+    """Their measures, by output; none where nothing is measured."""
     scales: BandScales | None = None
-    """Those of a band of a requantized tensor, when it begins in the piece."""
+    """Those of a band of a requantized tensor, which is then alone, when it begins in the piece."""
 
 
 def cut_chunks(task: PieceTask, chunk_bytes: int) -> Iterator[Chunk]:

@@ -8,12 +8,15 @@ from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Span
 from rv_distributed.recipe import Weights
+from rv_distributed.runtime.arena import Found
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.model import WorkerConfig
 
 
 class CompiledBlock:
     """As `Block`."""
+
+    copies = True
 
     def __init__(self, config: WorkerConfig) -> None:
         self._combiner = CompiledCombiner(
@@ -26,17 +29,17 @@ class CompiledBlock:
     def __call__(
         self,
         span: Span,
-        places: Sequence[int],
+        operands: Sequence[Found],
         weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
         first: int,
-        count: int,
-    ) -> list[Measures]:
+        sizes: Sequence[int],
+    ) -> list[list[Measures]]:
         target, *others = [
-            RawOperand(place, source.dtype) if source is not None else None
-            for place, source in zip(places, span.operands, strict=True)
+            RawOperand(found.at, source.dtype, found.fd, found.offset) if source is not None else None
+            for found, source in zip(operands, span.operands, strict=True)
         ]
         return self._combiner.compute(
             arena,
@@ -48,5 +51,5 @@ class CompiledBlock:
             span.dtype,
             name=span.name,
             first=first,
-            count=count,
+            sizes=sizes,
         )

@@ -59,9 +59,9 @@ class DryStream:
             with self._processor:
                 for part in chunk.parts:
                     out = self._made.array[np.newaxis, :]
-                    blocks = list(self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start))
-                    leaves.append([leaf for block in blocks for leaf in block.leaves])
-                    scales.append([block.scales for block in blocks if block.scales is not None])
+                    computed = list(self._computer.compute(task.spans[part.span], part, self._arena, out, chunk.start))
+                    leaves.append([leaf for blocks in computed for of_output in blocks.leaves for leaf in of_output])
+                    scales.append([blocks.scales for blocks in computed if blocks.scales is not None])
             yield DryChunk(chunk, self._made.array, leaves, scales, names)
 
 

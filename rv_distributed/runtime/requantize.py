@@ -60,7 +60,7 @@ class Requantizer:
                 # Measured, like its scales, with the piece that it begins in.
                 yield Computed(low, high, ())
             else:
-                leaves = tuple(((start + at) // BLOCK_BYTES, found) for found in measures)
+                leaves = tuple((((start + at) // BLOCK_BYTES, found),) for found in measures)
                 yield Computed(low, high, leaves, BandScales(how.number(first), scales))
             done += count
 

@@ -15,12 +15,15 @@ from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Source, Span
 from rv_distributed.recipe import Weights
+from rv_distributed.runtime.arena import Found
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.model import WorkerConfig
 
 
 class TorchBlock:
-    """As `Block`."""
+    """As `Block`; computes the first block only."""
+
+    copies = False
 
     def __init__(self, config: WorkerConfig, device: str, block_bytes: int) -> None:
         # The streams are the parallelism; torch's own threads would only get in their way.
@@ -40,14 +43,16 @@ class TorchBlock:
     def __call__(
         self,
         span: Span,
-        places: Sequence[int],
+        operands: Sequence[Found],
         weights: Sequence[Weights],
         arena: Bytes,
         outs: Bytes,
         at: int,
         first: int,
-        count: int,
-    ) -> list[Measures]:
+        sizes: Sequence[int],
+    ) -> list[list[Measures]]:
+        count = sizes[0]
+
         def load(start: int, source: Source) -> torch.Tensor:
             dtype = TORCH_DTYPES[source.dtype]
             raw = torch.from_numpy(arena[start : start + count * dtype.itemsize])
@@ -60,8 +65,8 @@ class TorchBlock:
             raws = [torch.from_numpy(out[at:stop]).view(dtype) for out in outs]
             results = raws if self._stream is None else [torch.empty_like(raw, device=self._device) for raw in raws]
             target, *others = [
-                load(place, source) if source is not None else None
-                for place, source in zip(places, span.operands, strict=True)
+                load(found.at, source) if source is not None else None
+                for found, source in zip(operands, span.operands, strict=True)
             ]
             vectors = [(plus, minus) for plus, minus in zip(others[::2], others[1::2], strict=True) if plus is not None]
             if target is None and self._order == "each":
@@ -72,4 +77,4 @@ class TorchBlock:
                 for raw, result in zip(raws, results, strict=True):
                     raw.copy_(result, non_blocking=True)
                 self._stream.synchronize()
-        return measured
+        return [measured]

@@ -180,8 +180,8 @@ class _Stream:
         for part in chunk.parts:
             span = task.spans[part.span]
             for made in self._computer.compute(span, part, arena, self._outs, chunk.start):
-                for number, leaf in enumerate(made.leaves):
-                    leaves[span.tensor][number].append(leaf)
+                for number, of_output in enumerate(made.leaves):
+                    leaves[span.tensor][number] += of_output
                 for number, raw in enumerate(made.scales.raw if made.scales else ()):
                     scales[span.tensor][number] += raw
                 for out, hasher in zip(self._outs, hashers[span.tensor], strict=True):

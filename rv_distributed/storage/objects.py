@@ -86,6 +86,7 @@ class ObjectReader:
     """As `Reader`; any number of threads may read at once."""
 
     is_remote: Final = True
+    cache_fd: Final = -1
 
     def __init__(self, source: Source, path: str, key: str) -> None:
         self._source, self.path, self._key = source, path, key

@@ -53,6 +53,11 @@ class Reader(Protocol):
         thread. Others belong to one thread at a time."""
         ...
 
+    @property
+    def cache_fd(self) -> int:
+        """A file descriptor, good until `close`, by which to look into the page cache; -1 where there is none."""
+        ...
+
     def read(self, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
         """Read file bytes ``offset`` to ``offset + nbytes`` into ``buffer[at:]``. Raises OSError, also when the file is
         too short."""

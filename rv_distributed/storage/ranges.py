@@ -35,6 +35,10 @@ class RangeReader:
         # Without direct I/O there is no second way to read, so asking the cache first gains nothing.
         self._ask_cache = bool(_RWF_NOWAIT) and self._direct_fd is not None
 
+    @property
+    def cache_fd(self) -> int:
+        return self._fd if self._ask_cache else -1
+
     def read(self, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
         """Read file bytes ``offset`` to ``offset + nbytes`` into ``buffer[at:]``.
 

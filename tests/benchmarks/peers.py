@@ -187,7 +187,7 @@ def _warm_up() -> ModuleType:
     """The worker's module, with its kernel loaded, which takes time that is not streaming."""
     combiner = CompiledCombiner(outputs=1, weighted=False, stats="full", arithmetic=Arithmetic("float32", "nearest", 0))
     zeros, out, operand = np.zeros(8, np.uint8), np.empty((1, 8), np.uint8), RawOperand(0, "F32")
-    combiner.compute(zeros, operand, [(operand, None)], [Weights((1.0,))], out, 0, "F32", name="", first=0, count=2)
+    combiner.compute(zeros, operand, [(operand, None)], [Weights((1.0,))], out, 0, "F32", name="", first=0, sizes=[2])
     return import_module("rv_distributed.runtime.worker")
 
 

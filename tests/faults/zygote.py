@@ -55,7 +55,7 @@ def load_kernel() -> None:
     """Children find it in their memory."""
     combiner = CompiledCombiner(outputs=1, weighted=False, stats="full", arithmetic=Arithmetic("float32", "nearest", 0))
     zeros, out, operand = np.zeros(8, np.uint8), np.empty((1, 8), np.uint8), RawOperand(0, "F32")
-    combiner.compute(zeros, operand, [(operand, None)], [Weights((1.0,))], out, 0, "F32", name="", first=0, count=2)
+    combiner.compute(zeros, operand, [(operand, None)], [Weights((1.0,))], out, 0, "F32", name="", first=0, sizes=[2])
 
 
 def small_pieces(self: options.Common) -> PlanOptions:

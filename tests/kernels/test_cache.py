@@ -22,8 +22,8 @@ out = np.zeros((1, 32), np.uint8)
 combiner = CompiledCombiner(outputs=1, weighted=False, stats="full", arithmetic=Arithmetic("float32", "nearest", 0))
 target, vector = RawOperand(0, "F32"), RawOperand(32, "F32")
 arena = values.view(np.uint8)
-(found,) = combiner.compute(
-    arena, target, [(vector, None)], [Weights((0.5,))], out, 0, "F32", name="x", first=0, count=8
+((found,),) = combiner.compute(
+    arena, target, [(vector, None)], [Weights((0.5,))], out, 0, "F32", name="x", first=0, sizes=[8]
 )
 print(out.view(np.float32).tolist(), found.nonzero, found.changed, "numba" in sys.modules)
 """

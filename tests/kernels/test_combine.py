@@ -120,8 +120,10 @@ class Compiled:
             outs = np.full((len(rows), count * ITEM_BYTES[dtype] + 2 * margin), 77, np.uint8)
             before = bytes(arena)
             view = np.frombuffer(arena, np.uint8)
-            about = {"first": first, "count": count}
-            measures += combiner.compute(view, placed, operands, rows, outs, margin, dtype, name="x", **about)
+            (made,) = combiner.compute(
+                view, placed, operands, rows, outs, margin, dtype, name="x", first=first, sizes=[count]
+            )
+            measures += made
             assert bytes(arena) == before, "an input was written to"
             assert np.all(outs[:, :margin] == 77)
             assert np.all(outs[:, -margin:] == 77)

@@ -56,7 +56,7 @@ def compiled(target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtyp
     operands = [(place(plus), place(minus) if minus else None) for plus, minus in vectors]
     outs = np.zeros((len(rows), COUNT * ITEM_BYTES[dtype]), np.uint8)
     view = np.frombuffer(arena, np.uint8)
-    measures = combiner.compute(view, placed, operands, rows, outs, 0, dtype, name="x", first=0, count=COUNT)
+    (measures,) = combiner.compute(view, placed, operands, rows, outs, 0, dtype, name="x", first=0, sizes=[COUNT])
     return [out.tobytes() for out in outs], measures
 
 

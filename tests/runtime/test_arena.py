@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,14 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def cached_source(source: Path) -> Path:
+    with closing(RangeReader(str(source))) as reader:
+        if reader.cache_fd < 0:
+            pytest.skip("a file system without direct I/O, where the page cache is not asked")
+    return source
+
+
 def drop(path: Path, start: int = 0) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -63,45 +72,30 @@ def test_every_block_is_there_once_it_is_needed(source: Path, cached_bytes: int)
     assert arena.array[at : at + NBYTES - OFFSET].tobytes() == CONTENT[OFFSET:]
 
 
-def found(arena: Arena, wanted: list[tuple[int, int]]) -> list[bytes]:
-    places = arena.find(wanted)
-    return [arena.array[place : place + nbytes].tobytes() for place, (_, nbytes) in zip(places, wanted, strict=True)]
-
-
-@pytest.mark.parametrize("cached_bytes", [NBYTES, 1 << 20, 0], ids=["cached", "cached in part", "not cached"])
-def test_every_block_is_found(source: Path, cached_bytes: int) -> None:
-    drop(source, cached_bytes)
-    arena, at, processor = arena_for(source)
+def test_a_range_that_the_cache_may_hold_is_left_to_be_copied_to_where_its_read_begins(cached_source: Path) -> None:
+    arena, at, processor = arena_for(cached_source)
     with processor:
-        for done in range(0, NBYTES - OFFSET, BLOCK):
-            nbytes = min(BLOCK, NBYTES - OFFSET - done)
-            assert found(arena, [(-1, 0), (at + done, nbytes)])[1] == CONTENT[OFFSET + done : OFFSET + done + nbytes]
-        assert arena.find([(-1, 0)]) == [-1]
-        assert arena.bytes_read == NBYTES - OFFSET
-        # And again, from its beginning on.
-        assert found(arena, [(at + 3, 2 * BLOCK)]) == [CONTENT[OFFSET + 3 : OFFSET + 3 + 2 * BLOCK]]
+        found = arena.at_hand([(-1, 0), (at + 100, 2 * BLOCK), (-1, 0)], [0, BLOCK, 0])
+        assert found is not None
+        absent, place, _ = found
+        assert absent == (-1, -1, 0)
+        assert place.at == -(-at // 64) * 64
+        assert os.pread(place.fd, 2 * BLOCK, place.offset) == CONTENT[OFFSET + 100 :][: 2 * BLOCK]
+        # What is in its place stays there, and then the rest of the read goes there, too.
+        arena.need(at + 100, BLOCK)
+        assert arena.at_hand([(at + 200, BLOCK // 2)], [1000]) == [(at + 200, -1, 0)]
+        assert arena.at_hand([(at + 100, 2 * BLOCK)], [BLOCK]) is None
 
 
-def test_what_is_cached_is_copied_to_the_same_memory_again_and_again(source: Path) -> None:
-    arena, at, processor = arena_for(source)
+def test_ranges_that_would_get_in_each_other_s_way_are_not_at_hand(cached_source: Path) -> None:
+    arena, at, processor = arena_for(cached_source)
+    whole = NBYTES - OFFSET
     with processor:
-        places = [arena.find([(at + n * BLOCK, BLOCK)])[0] for n in range(5)]
-    assert places[0] == at
-    assert set(places[1:]) == {-(-at // 64) * 64}
-
-
-@pytest.mark.parametrize("cached_bytes", [NBYTES, 1 << 20, 0], ids=["cached", "cached in part", "not cached"])
-def test_ranges_of_one_read_do_not_overwrite_each_other(source: Path, cached_bytes: int) -> None:
-    drop(source, cached_bytes)
-    arena, at, processor = arena_for(source)
-    content = CONTENT[OFFSET:]
-    with processor:
-        assert found(arena, [(at + 100, 50)]) == [content[100:150]]
-        wanted = [(1 << 20, BLOCK), (64, BLOCK), (0, 1000)]
-        made = found(arena, [(at + start, nbytes) for start, nbytes in wanted])
-        assert made == [content[start : start + nbytes] for start, nbytes in wanted]
-        assert found(arena, [(at + (2 << 20), BLOCK)]) == [content[2 << 20 : (2 << 20) + BLOCK]]
-        assert found(arena, [(at, 1000)]) == [content[:1000]]
+        assert arena.at_hand([(at, BLOCK), (at + BLOCK, BLOCK)], [BLOCK, BLOCK]) is None
+        assert arena.at_hand([(at, whole)], [whole]) is None, "it would have to be where it is: at no cache line"
+        assert arena.at_hand([(at, whole)], [whole - 64]) is not None
+        # Files are closed when that many others are needed.
+        assert arena.at_hand([(at, BLOCK)] + [(-1, 0)] * 16, [BLOCK] + [0] * 16) is None
 
 
 class Recorder:
