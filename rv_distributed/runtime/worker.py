@@ -3,8 +3,8 @@
 A worker holds a fixed number of streams. A stream takes one piece at a time and goes through it in chunks:
 read the sources into its arena, compute and hash block by block into its output buffers, write those. There is no
 queue between the steps: while one stream waits for the storage another computes, and memory is
-``streams × (arena + output buffers)`` whatever the model's size. No more streams compute at once than the worker
-has processors.
+``streams × (arena + output buffers)`` whatever the model's size. No more streams compute at once than the worker has
+processors, and one: there is always one between two chunks, where it does little.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Worker:
         device = choose_device(config.device)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._stop = threading.Event()
-        computing = threading.Semaphore(config.cpus)
+        computing = threading.Semaphore(config.cpus + 1)
         # Starts threads only for reads over a network.
         fetching = ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch")
         self._streams: queue.SimpleQueue[_Stream] = queue.SimpleQueue()
