@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -81,16 +81,15 @@ class PartComputer:
             yield Computed(part.at, part.at + part.nbytes, ())
             return
         arena.decoder.keep_only(span.operands)
-        item = item_bytes(span.dtype)
-        done = 0
+        block = self._wide_block if span.is_wide else self._block
+        work = _Work(block, span, part, [span.weights[number] for number in self._numbers], arena, outs)
+        item, done = work.item, 0
         while done < part.elements:
-            place = part.at - part.skip + done * item
+            place = work.place(done)
             # A border that cuts through the first element makes it a block: the part before it has measured it.
             is_cut = done == 0 and part.skip > 0
             sizes = [1] if is_cut else self._sizes(start + place, item, part.elements - done)
-            measured = self._several(span, part, arena, outs, place, done, sizes)
-            if not measured:
-                measured = [self._one(span, part, arena, outs, place, done, sizes[0])]
+            measured = work.several(done, sizes) or [work.one(done, sizes[0])]
             count = sum(sizes[: len(measured)])
             low, high = max(place, part.at), min(place + count * item, part.at + part.nbytes)
             leaves = _leaves(measured, sizes, part.first + done, start + place, item)
@@ -106,60 +105,69 @@ class PartComputer:
             place, elements = place + sizes[-1] * item, elements - sizes[-1]
         return sizes
 
-    def _several(
-        self, span: Span, part: Part, arena: Arena, outs: Bytes, place: int, done: int, sizes: Sequence[int]
-    ) -> list[list[Measures]]:
-        """Compute blocks from element ``done`` of the part on whose operands are at hand: none, when that is all that
-        can be done without waiting, without decoding, and without a look at odd addresses."""
-        block, item = self._block_for(span), item_bytes(span.dtype)
-        if not block.copies or place < part.at or place % item:
+
+class _Work(NamedTuple):
+    """A part that is being computed; ``done`` elements of it are."""
+
+    block: Block
+    span: Span
+    part: Part
+    weights: list[Weights]
+    arena: Arena
+    outs: Bytes
+
+    @property
+    def item(self) -> int:
+        return item_bytes(self.span.dtype)
+
+    def place(self, done: int) -> int:
+        """Where the next element begins in the rows of ``outs``; before the first one's bytes, perhaps."""
+        return self.part.at - self.part.skip + done * self.item
+
+    def several(self, done: int, sizes: Sequence[int]) -> list[list[Measures]]:
+        """Compute the next blocks, as many of them as can be without waiting for an operand, decoding, or an element at
+        an odd address: none, perhaps. Returns their measures."""
+        place = self.place(done)
+        if not self.block.copies or place < self.part.at or place % self.item:
             return []
-        inside = (part.at + part.nbytes - place) // item
+        inside = (self.part.at + self.part.nbytes - place) // self.item
         sizes = [size for size, end in zip(sizes, accumulate(sizes), strict=True) if end <= inside]
-        wanted = _wanted(span, part, done, sum(sizes))
-        largest = [nbytes for _, nbytes in _wanted(span, part, done, max(sizes, default=0))]
-        found = arena.at_hand(wanted, largest) if sizes else None
+        largest = [nbytes for _, nbytes in self._wanted(done, max(sizes, default=0))]
+        found = self.arena.at_hand(self._wanted(done, sum(sizes)), largest) if sizes else None
         if found is None:
             return []
-        first = part.first + done
-        measured = block(span, found, self._weights(span), arena.array, outs, place, first, sizes)
-        count = sum(sizes[: len(measured)])
-        copied = [nbytes for (_, nbytes), of in zip(_wanted(span, part, done, count), found, strict=True) if of.fd >= 0]
-        arena.bytes_read += sum(copied)
+        measured = self._compute(found, self.outs, place, done, sizes)
+        made = self._wanted(done, sum(sizes[: len(measured)]))
+        self.arena.bytes_read += sum(nbytes for (_, nbytes), of in zip(made, found, strict=True) if of.fd >= 0)
         return measured
 
-    def _one(
-        self, span: Span, part: Part, arena: Arena, outs: Bytes, place: int, done: int, count: int
-    ) -> list[Measures]:
-        """Compute the block of ``count`` elements from element ``done`` of the part."""
-        wanted = _wanted(span, part, done, count)
+    def one(self, done: int, count: int) -> list[Measures]:
+        """Compute the next block, of ``count`` elements. Returns its measures."""
+        wanted = self._wanted(done, count)
         for at, nbytes in wanted:
             if at >= 0:
-                arena.need(at, nbytes)
+                self.arena.need(at, nbytes)
         found = [Found(at) for at, _ in wanted]
-        block, weights, first = self._block_for(span), self._weights(span), part.first + done
-        item = item_bytes(span.dtype)
-        low, high = max(place, part.at), min(place + count * item, part.at + part.nbytes)
-        if high - low == count * item and place % item == 0:
-            return block(span, found, weights, arena.array, outs, place, first, [count])[0]
+        part, place = self.part, self.place(done)
+        low, high = max(place, part.at), min(place + count * self.item, part.at + part.nbytes)
+        if high - low == count * self.item and place % self.item == 0:
+            return self._compute(found, self.outs, place, done, [count])[0]
         # Elements at odd addresses, or some of their bytes are another part's.
-        whole = np.empty((len(outs), count * item), np.uint8)
-        (measured,) = block(span, found, weights, arena.array, whole, 0, first, [count])
-        outs[:, low:high] = whole[:, low - place : high - place]
+        whole = np.empty((len(self.outs), count * self.item), np.uint8)
+        (measured,) = self._compute(found, whole, 0, done, [count])
+        self.outs[:, low:high] = whole[:, low - place : high - place]
         return measured
 
-    def _block_for(self, span: Span) -> Block:
-        return self._wide_block if span.is_wide else self._block
+    def _compute(
+        self, found: Sequence[Found], outs: Bytes, at: int, done: int, sizes: Sequence[int]
+    ) -> list[list[Measures]]:
+        return self.block(self.span, found, self.weights, self.arena.array, outs, at, self.part.first + done, sizes)
 
-    def _weights(self, span: Span) -> list[Weights]:
-        return [span.weights[number] for number in self._numbers]
-
-
-def _wanted(span: Span, part: Part, done: int, count: int) -> list[tuple[int, int]]:
-    """Where elements ``done`` to ``done + count`` of the span's operands have their places, and their bytes."""
-    places = [part.target, *(place for places in part.vectors for place in places)]
-    items = [item_bytes(source.dtype) if source is not None else 0 for source in span.operands]
-    return [(at + done * item, count * item) for at, item in zip(places, items, strict=True)]
+    def _wanted(self, done: int, count: int) -> list[tuple[int, int]]:
+        """Of the operands' next ``count`` elements the place, which is negative of none, and the bytes."""
+        places = [self.part.target, *(place for places in self.part.vectors for place in places)]
+        items = [item_bytes(source.dtype) if source is not None else 0 for source in self.span.operands]
+        return [(at + done * item, count * item) for at, item in zip(places, items, strict=True)]
 
 
 def _leaves(
