@@ -92,9 +92,10 @@ def _linked(code: bytes, name: str, kinds: tuple[Kind, ...]) -> Callable[..., No
     c_types: list[Any] = []
     for dtype, dimensions in kinds:
         c_types += [ctypes.c_void_p, *[ctypes.c_int64] * dimensions] if dimensions else [_C_TYPES[dtype]]
-    function = ctypes.CFUNCTYPE(None, *c_types)(engine.get_function_address(name))
-    function.engine = engine  # type: ignore[attr-defined]  # the code goes with its last reference
-    return function
+    address = engine.get_function_address(name)
+    # Else the code would go with the last reference to it, while a thread that hangs may still be in it.
+    engine.detach()
+    return ctypes.CFUNCTYPE(None, *c_types)(address)
 
 
 def _machine() -> llvm.TargetMachine:
