@@ -250,6 +250,9 @@ COUNTED("read", pread64, (int fd, void *data, size_t count, off64_t at), (fd, da
 COUNTED("write", pwrite64, (int fd, const void *data, size_t count, off64_t at), (fd, data, count, at), ssize_t)
 VECTORED("read", preadv64v2, (int fd, const struct iovec *vector, int vectors, off64_t at, int flags),
          (fd, vector, vectors, at, flags))
+/* Python calls the one above, our compiled code this one. */
+VECTORED("read", preadv2, (int fd, const struct iovec *vector, int vectors, off_t at, int flags),
+         (fd, vector, vectors, at, flags))
 VECTORED("read", preadv64, (int fd, const struct iovec *vector, int vectors, off64_t at), (fd, vector, vectors, at))
 VECTORED("write", pwritev64v2, (int fd, const struct iovec *vector, int vectors, off64_t at, int flags),
          (fd, vector, vectors, at, flags))
