@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 
 def create(path: str, flags: int) -> int:
@@ -49,10 +50,15 @@ def preallocate(path: str, size: int) -> None:
         os.close(fd)
 
 
+@cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _fallocate(fd: int, size: int) -> None:
     # os.posix_fallocate writes the whole file where the file system cannot reserve space; the system call
     # just says so, and then a sparse file has to do.
-    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    call = getattr(_c_library(), "fallocate64", None)
     if call is None:
         return
     if call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
@@ -112,7 +118,7 @@ def publish(staged: str, out: str, *, replaced: str) -> None:
 
 def _exchange(one: str, other: str) -> bool:
     """Exchange two names in one step, if the system and the file system can."""
-    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    call = getattr(_c_library(), "renameat2", None)
     at_cwd, exchange = -100, 2
     return call is not None and call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 

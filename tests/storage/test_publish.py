@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rv_distributed.storage import publish as publishing
 from rv_distributed.storage.publish import preallocate, publish, recover, remove, write_durably
 
 
@@ -57,7 +58,7 @@ def test_space_that_is_not_there_is_an_error_that_keeps_none_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "begun").write_bytes(b"bytes of an earlier run")
-    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: FailingLibrary(errno.ENOSPC))
+    monkeypatch.setattr(publishing, "_c_library", lambda: FailingLibrary(errno.ENOSPC))
     for name, size in (("new", 10), ("begun", 23)):
         with pytest.raises(OSError, match="No space left on device") as caught:
             preallocate(str(tmp_path / name), size)
@@ -68,7 +69,7 @@ def test_space_that_is_not_there_is_an_error_that_keeps_none_of_it(
 def test_a_file_system_that_reserves_nothing_gets_a_sparse_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: FailingLibrary(errno.EOPNOTSUPP))
+    monkeypatch.setattr(publishing, "_c_library", lambda: FailingLibrary(errno.EOPNOTSUPP))
     preallocate(str(tmp_path / "shard"), 10)
     assert (tmp_path / "shard").read_bytes() == bytes(10)
 

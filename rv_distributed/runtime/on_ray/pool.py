@@ -9,6 +9,7 @@ node that is being drained gets no new pieces.
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 import time
 from collections import deque
@@ -159,7 +160,7 @@ class Pool:
                     return True
                 # Twice its patience: it may have to wait for one piece that the actor makes before it.
                 due = time.monotonic() + 2 * patience_s(task, len(self._config.outputs))
-                self._calls[worker.actor.run.remote(task, attempt)] = _Call(worker, task, attempt, due)
+                self._calls[worker.actor.run.remote(pickle.dumps(task), attempt)] = _Call(worker, task, attempt, due)
                 worker.calls += 1
         return False
 
