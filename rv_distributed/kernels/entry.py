@@ -119,8 +119,10 @@ def _processor() -> tuple[str, str]:
 
 @cache
 def _stamp(kinds: tuple[Kind, ...]) -> str:
-    """What the machine code depends on: our sources, what compiles them, the processor, and the arguments."""
-    hasher = blake3(repr((sys.version, version("numba"), llvm.llvm_version_info, _processor(), kinds)).encode())
+    """What the machine code depends on: our sources, what compiles them and how, the processor, and the arguments."""
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    about = sys.version, version("numba"), settings, llvm.llvm_version_info, _processor(), kinds
+    hasher = blake3(repr(about).encode())
     for path in sorted(_SOURCES.rglob("*.py")):
         hasher.update(path.read_bytes())
     return hasher.hexdigest(16)
@@ -145,7 +147,9 @@ def _keep(name: str, code: bytes) -> None:
     """Keep machine code for other processes, if it can be."""
     with suppress(OSError, RuntimeError):
         path = _place(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # It will be run: nobody else may put anything there, whatever the umask is.
+        path.parent.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
                 file.write(blake3(code).digest() + code)

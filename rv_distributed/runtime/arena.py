@@ -109,7 +109,8 @@ class Arena:
         """
         if len(wanted) > _OPEN_FILES or any(at >= self._decoded_from for at, _ in wanted):
             return None
-        numbers = [self._number(at) for at, _ in wanted if at >= 0]
+        # Different ranges of one read would be copied to the same memory.
+        numbers = [self._number(at) for at, _ in set(wanted) if at >= 0]
         found = [Found(at) for at, _ in wanted]
         for index, ((at, nbytes), block) in enumerate(zip(wanted, blocks, strict=True)):
             number = self._number(at)
@@ -118,7 +119,6 @@ class Arena:
             read = self._reads[number]
             to = -(-read.at // _CACHE_LINE) * _CACHE_LINE
             is_untouched = number not in self._fetches and self._there[number] == (0, 0)
-            # Ranges of one read would be copied to the same memory.
             if not is_untouched or numbers.count(number) > 1 or to + block > read.at + read.nbytes:
                 return None
             try:
@@ -148,18 +148,25 @@ class Arena:
             return
         read, (start, stop) = self._reads[number], self._there[number]
         first, last = at - read.at, at - read.at + nbytes
-        if not start <= first <= stop:
-            start = stop = first
         began = time.perf_counter()
         try:
             if number in self._fetches:
                 self._wait_for_fetches(number)
-                start, stop, done = 0, 0, read.nbytes
+                start, done = 0, read.nbytes
             else:
                 reader = self._reader(read.path)
-                done = stop + reader.read_cached(self._buffer.view[read.at + stop : at + nbytes], read.offset + stop)
+                if start == stop:
+                    start = stop = first
+                if first < start:
+                    # What is missing before what is there, and no more: each byte is read once.
+                    self._wait_for(reader, read, first, start)
+                    self.bytes_read += start - first
+                    start = first
+                done = stop
                 if done < last:
-                    self._wait_for(reader, read, done)
+                    done += reader.read_cached(self._buffer.view[read.at + stop : at + nbytes], read.offset + stop)
+                if done < last:
+                    self._wait_for(reader, read, done, read.nbytes)
                     done = read.nbytes
         except OSError as error:
             raise self._failed(read, error) from error
@@ -217,10 +224,10 @@ class Arena:
             for fetch in self._fetches[number]:
                 fetch.result()
 
-    def _wait_for(self, reader: Reader, read: Read, done: int) -> None:
-        """Read all that is left of a read."""
+    def _wait_for(self, reader: Reader, read: Read, start: int, stop: int) -> None:
+        """Read the bytes ``start`` to ``stop`` of a read."""
         with self._off_the_processor():
-            reader.read(self._buffer.view, read.at + done, read.offset + done, read.nbytes - done)
+            reader.read(self._buffer.view, read.at + start, read.offset + start, stop - start)
 
     @contextmanager
     def _off_the_processor(self) -> Iterator[None]:

@@ -138,7 +138,8 @@ class _Work(NamedTuple):
             return []
         measured = self._compute(found, self.outs, place, done, sizes)
         made = self._wanted(done, sum(sizes[: len(measured)]))
-        self.arena.bytes_read += sum(nbytes for (_, nbytes), of in zip(made, found, strict=True) if of.fd >= 0)
+        copied = {(of, nbytes) for of, (_, nbytes) in zip(found, made, strict=True) if of.fd >= 0}
+        self.arena.bytes_read += sum(nbytes for _, nbytes in copied)
         return measured
 
     def one(self, done: int, count: int) -> list[Measures]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -92,10 +92,31 @@ def test_ranges_that_would_get_in_each_other_s_way_are_not_at_hand(cached_source
     whole = NBYTES - OFFSET
     with processor:
         assert arena.at_hand([(at, BLOCK), (at + BLOCK, BLOCK)], [BLOCK, BLOCK]) is None
+        assert arena.at_hand([(at, BLOCK), (at, BLOCK)], [BLOCK, BLOCK]) is not None
         assert arena.at_hand([(at, whole)], [whole]) is None, "it would have to be where it is: at no cache line"
         assert arena.at_hand([(at, whole)], [whole - 64]) is not None
         # Files are closed when that many others are needed.
         assert arena.at_hand([(at, BLOCK)] + [(-1, 0)] * 16, [BLOCK] + [0] * 16) is None
+
+
+@pytest.mark.parametrize("cached_bytes", [NBYTES, 1 << 20, 0], ids=["cached", "cached in part", "not cached"])
+@pytest.mark.parametrize("order", [range(10), range(9, -1, -1), (5, 0, 9, 1, 8, 4)], ids=["on", "back", "to and fro"])
+def test_each_byte_is_read_once_in_whatever_order_ranges_are_needed(
+    source: Path, cached_bytes: int, order: Sequence[int]
+) -> None:
+    drop(source, cached_bytes)
+    arena, at, processor = arena_for(source)
+    step = (NBYTES - OFFSET) // 10
+    with processor:
+        for number in order:
+            arena.need(at + number * step, step)
+            made = arena.array[at + number * step : at + (number + 1) * step].tobytes()
+            assert made == CONTENT[OFFSET + number * step : OFFSET + (number + 1) * step]
+        reads = arena.bytes_read
+        arena.need(at, 10 * step)
+    assert arena.array[at : at + 10 * step].tobytes() == CONTENT[OFFSET : OFFSET + 10 * step]
+    assert arena.bytes_read in (10 * step, NBYTES - OFFSET)
+    assert reads <= arena.bytes_read
 
 
 class Recorder:

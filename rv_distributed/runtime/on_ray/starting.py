@@ -28,7 +28,7 @@ _NO_REPORTS: Final = ("RAY_task_events_report_interval_ms", "0")
 @contextmanager
 def quick_start() -> Iterator[None]:
     """While this is entered, ray.init starts no more than a run needs, as if Ray was installed without extras."""
-    node = getattr(getattr(ray._private, "node", None), "Node", object)
+    node = getattr(getattr(getattr(ray, "_private", None), "node", None), "Node", object)
     with ExitStack() as stack:
         for name in _SPARED:
             if name in vars(node):
