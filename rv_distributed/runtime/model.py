@@ -35,7 +35,7 @@ class WorkerConfig:
     streams: int
     """Pieces in progress at once, each with its own buffers and thread."""
     cpus: int
-    """Streams that may compute at once; more would only push each other's blocks out of the caches."""
+    """Processors that a worker has. Many more streams than these computing would push each other out of the caches."""
     chunk_bytes: int
     """Output bytes that a stream reads, computes and writes at a time; a multiple of `BLOCK_BYTES`."""
     arenas: int
@@ -62,7 +62,7 @@ class Waited(NamedTuple):
 
     read_s: float
     compute_s: float
-    """Arithmetic, measures and digests, and waiting for a processor to do them."""
+    """Arithmetic, measures and digests, with copies out of the page cache for them, and waiting for a processor."""
     write_s: float
 
 

@@ -42,7 +42,7 @@ def _of_c(function: Callable[..., None], kinds: Sequence[tuple[str, int]]) -> Ca
         parameters += [f"a{number}", *sizes]
         arguments.append(f"carray(a{number}, ({', '.join(sizes)},))" if dimensions else f"a{number}")
     space: dict[str, Any] = {"carray": numba.carray, "function": numba.njit(**PLAIN)(function)}
-    # Numba wants as many parameters as there are arguments, by name.
+    # Numba wants as many parameters as there are arguments, by name. The text is made of numbers only.
     exec(f"def of_c({', '.join(parameters)}):\n    function({', '.join(arguments)})", space)  # noqa: S102
     made: Callable[..., None] = space["of_c"]
     return made
