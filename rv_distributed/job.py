@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final
 
 from rv_distributed.checkpoint.distributed import METADATA_FILE
 from rv_distributed.checkpoint.manifest import Manifest, Timings
@@ -30,8 +30,15 @@ from rv_distributed.pushing import hub_target, local_stage, push_folder, push_pr
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer, check_unchanged
 from rv_distributed.results import piece_rows
-from rv_distributed.runtime.model import PieceResult, Runtime, WorkerConfig
-from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpus
+from rv_distributed.runtime.model import PieceResult, Runtime, WorkerConfig, WorkerShape
+from rv_distributed.runtime.select import (
+    MOST_CPUS_BESIDE_GPU,
+    ChosenRuntime,
+    RunOptions,
+    choose_runtime,
+    may_have_gpus,
+    usable_cpus,
+)
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES, Sizing, bytes_to_read, size_buffers
 from rv_distributed.staging import Record, Staging, open_staging, published, tidy
 from rv_distributed.storage import HUB, PosixFolder, open_folder, resolve_output
@@ -42,6 +49,8 @@ from rv_distributed.watching import ProgressCallback, Watch
 
 #: While some wait for the storage, there are enough others for the processors.
 _STREAMS_OF_CPU: Final = 3
+#: Of one process: its interpreter serves no more.
+_MOST_STREAMS: Final = 24
 
 
 def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_options: RunOptions) -> Job:
@@ -79,9 +88,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     if places:
         raise OutputError(" ".join(map(str, places)))
     runtime = choose_runtime(run_options)
-    streams = _most_streams(run_options) if runtime == "local" else _STREAMS_OF_CPU * run_options.cpus_per_worker
-    remote_outputs = sum(map(is_remote, outs))
-    sizing = size_buffers(plan, streams=streams, budget_bytes=_budget(run_options), remote_outputs=remote_outputs)
+    sizing = _sized(plan, outs, run_options, runtime, _expected_shape(run_options, runtime))
     return Job(recipe, plan_options, opened, plan, tuple(outs), pushes, complete, run_options, runtime, sizing)
 
 
@@ -166,13 +173,26 @@ def _check(cancel: threading.Event) -> None:
         raise Cancelled("stopped by its caller; the same call resumes")
 
 
-def _most_streams(options: RunOptions) -> int:
-    """Of the local runtime."""
-    return options.workers or min(24, _STREAMS_OF_CPU * usable_cpus())
+def _expected_shape(options: RunOptions, runtime: ChosenRuntime) -> WorkerShape:
+    """What a worker has, as far as can be said before there is one."""
+    has_gpu = options.device == "cuda"
+    if runtime == "local":
+        return WorkerShape(usable_cpus(), has_gpu or (options.device == "auto" and may_have_gpus()))
+    return WorkerShape(options.cpus_per_worker or (MOST_CPUS_BESIDE_GPU if has_gpu else 1), has_gpu)
 
 
-def _budget(options: RunOptions) -> int:
-    return DEFAULT_BUDGET_BYTES if options.memory_budget_bytes is None else options.memory_budget_bytes
+def _sized(plan: Plan, outs: Sequence[str], options: RunOptions, runtime: ChosenRuntime, shape: WorkerShape) -> Sizing:
+    """The buffers of a worker of some shape."""
+    streams = min(_MOST_STREAMS, _STREAMS_OF_CPU * shape.cpus)
+    if runtime == "local" and options.workers is not None:
+        streams = options.workers
+    return size_buffers(
+        plan,
+        streams=streams,
+        budget_bytes=DEFAULT_BUDGET_BYTES if options.memory_budget_bytes is None else options.memory_budget_bytes,
+        remote_outputs=sum(map(is_remote, outs)),
+        has_gpu=shape.has_gpu,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +211,9 @@ class Job:
     complete: Mapping[int, Manifest]
     """Outputs that an earlier run of the same command has published, by number: there is nothing to do for them."""
     options: RunOptions
-    runtime: Literal["local", "ray"]
+    runtime: ChosenRuntime
     sizing: Sizing
+    """The buffers that a worker is expected to have; known better once the runtime is there."""
 
     @property
     def todo(self) -> tuple[int, ...]:
@@ -332,7 +353,7 @@ class Job:
         began = time.monotonic()
         done: list[tuple[PieceResult, float]] = []
         # Closed before the stagings are: no worker may write once another run can take the place.
-        with closing(runtime.run(tasks(), self._worker_config(stagings))) as results:
+        with closing(runtime.run(tasks(), self._worker_config(stagings, runtime.shape))) as results:
             for result in results:
                 shard = self.plan.shards[self.plan.pieces[result.piece].shard].name
                 made = zip(reducers, stagings, result.outputs, result.states, strict=True)
@@ -356,16 +377,20 @@ class Job:
         )
         return timings, piece_rows(self.plan, done)
 
-    def _worker_config(self, stagings: Sequence[Staging]) -> WorkerConfig:
+    def _worker_config(self, stagings: Sequence[Staging], shape: WorkerShape) -> WorkerConfig:
+        sizing = self.sizing
+        if shape != _expected_shape(self.options, self.runtime):
+            sizing = _sized(self.plan, self.outs, self.options, self.runtime, shape)
         return WorkerConfig(
             outputs=tuple(staging.folder for staging in stagings),
             numbers=self.todo,
             weighted=self.plan.weighted,
             device=self.options.device,
-            streams=self.sizing.streams,
-            cpus=usable_cpus() if self.runtime == "local" else self.options.cpus_per_worker,
-            chunk_bytes=self.sizing.chunk_bytes,
-            arenas=self.sizing.arenas,
+            streams=sizing.streams,
+            cpus=shape.cpus,
+            chunk_bytes=sizing.chunk_bytes,
+            arenas=sizing.arenas,
+            buffer_bytes=sizing.buffer_bytes,
             stats=self.plan.stats,
             arithmetic=self.plan.arithmetic,
         )
@@ -374,7 +399,7 @@ class Job:
         if self.runtime == "ray":
             from rv_distributed.runtime.on_ray import RayRuntime
 
-            return RayRuntime(self.options, pieces=len(self.plan.pieces), buffer_bytes=self.sizing.buffer_bytes)
+            return RayRuntime(self.options, pieces=len(self.plan.pieces))
         from rv_distributed.runtime.local import LocalRuntime
 
-        return LocalRuntime(self.options.device)
+        return LocalRuntime(self.options.device, _expected_shape(self.options, self.runtime))

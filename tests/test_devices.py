@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triples import ok
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
@@ -64,9 +65,25 @@ def test_cuda_is_refused_before_anything_is_written_where_torch_has_none(models:
 
 
 @pytest.mark.gpu
-def test_cuda_gives_the_bytes_of_the_cpu(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_cuda_gives_the_bytes_of_the_cpu(models: Path, tmp_path: Path, compute_dtype: str, rounding: str) -> None:
+    """Also in the same process, again, which pins memory where other memory was pinned before."""
+    options = ("--alpha", "0.7", "--compute-dtype", compute_dtype, "--rounding", rounding, "--runtime", "local")
+    inputs = [text for role in ("target", "donor", "reference") for text in (f"--{role}", models / role)]
+    files = []
     for device in ("cpu", "cuda"):
-        how = rv.RunOptions(runtime="local", device=device)
-        rv.transfer(*places(models, tmp_path / device), alpha=0.7, run_options=how)
-    files = [tmp_path / device / "model.safetensors" for device in ("cpu", "cuda")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+        out = tmp_path / device
+        ok("transfer", *inputs, "--out", out, *options, "--device", device)
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.gpu
+def test_a_worker_of_ray_on_a_gpu_gives_the_bytes_of_the_cpu(models: Path, tmp_path: Path) -> None:
+    files = []
+    for how in (rv.RunOptions(runtime="local", device="cpu"), rv.RunOptions(runtime="ray", device="cuda")):
+        out = tmp_path / how.runtime
+        rv.transfer(*places(models, out), alpha=0.7, run_options=how)
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]

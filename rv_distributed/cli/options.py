@@ -41,7 +41,7 @@ class Running:
     workers: Annotated[
         int | None, typer.Option(help="Threads (local) or actors (ray); the default is what there is.", metavar="N")
     ] = None
-    cpus_per_worker: Annotated[int, typer.Option(help="CPUs of an actor under Ray.", metavar="N")] = 1
+    cpus_per_worker: Annotated[int | None, typer.Option(help="CPUs of an actor under Ray.", metavar="N")] = None
     workers_per_node: Annotated[
         int | None, typer.Option(help="Most actors on one node of a Ray cluster.", metavar="N")
     ] = None

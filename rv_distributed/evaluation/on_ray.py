@@ -29,7 +29,7 @@ def run_on_ray(pairs: Sequence[Pair], means: Means, options: RunOptions) -> Resu
     """
     # The harness asks the process that runs code, and that is another one now.
     consent = os.environ.get(CONSENT_VARIABLE)
-    with RayRuntime(options, pieces=len(pairs), buffer_bytes=0) as runtime:
+    with RayRuntime(options, pieces=len(pairs)) as runtime:
         task = ray.remote(_answer).options(max_retries=_RETRIES, **runtime.placement())
         # With its plan a variant of a large model is megabytes, and goes to a node once.
         variants = {pair.variant.identity: ray.put(pair.variant) for pair in pairs}

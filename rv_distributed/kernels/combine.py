@@ -17,9 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from rv_distributed.kernels.measure import measure
+from rv_distributed.kernels.measure import Measured, measure
 from rv_distributed.kernels.rounding import Rounder
-from rv_distributed.measures import Measures
 from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 _COMPUTE_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
@@ -61,14 +60,14 @@ class Combiner:
         *,
         name: str,
         first: int,
-    ) -> list[Measures]:
+    ) -> list[Measured]:
         """Fill each of ``outs`` with ``target + Σ αₖ·vₖ``, with its own ``weights``.
 
         All tensors have one dimension and the same length, at most ``block_elements``; their dtypes are
         float32, bfloat16, float16 or float64 in any mixture. An output whose alphas are all 0 gets the target's
         own values. Without a target, which goes with the orders ``sum`` and ``fused`` only, it is 0. They are the
-        elements from ``first`` of the tensor ``name``, on which stochastic rounding depends. Returns the measures of
-        each output.
+        elements from ``first`` of the tensor ``name``, on which stochastic rounding depends. Returns what is measured
+        of each output.
         """
         if target is None or (self._order != "each" and vectors):
             return self._combine_sums(outs, target, vectors, weights, name=name, first=first)
@@ -112,7 +111,7 @@ class Combiner:
         *,
         name: str,
         first: int,
-    ) -> list[Measures]:
+    ) -> list[Measured]:
         """As `combine`, with the vectors added to each other first."""
         for_t, _, _, product, *rest = self._cut_scratch(vectors[0][0])
         accs, sums = rest[: len(outs)], rest[len(outs) : 2 * len(outs)]
@@ -126,7 +125,8 @@ class Combiner:
                     self._add_scaled(v, d, alpha, product)
         measures = []
         for out, of, acc, v in zip(outs, weights, accs, sums, strict=True):
-            v.div_(of.divisor).mul_(of.scale)
+            # By a tensor: on CUDA torch divides by a number of Python's as it multiplies with its reciprocal.
+            v.div_(torch.full_like(v[:1], of.divisor)).mul_(of.scale)
             base = out.new_zeros(()).expand_as(out) if target is None else target
             if target is not None and out.dtype == target.dtype and not of.moves:
                 out.copy_(target)
@@ -143,17 +143,19 @@ class Combiner:
         else:
             v.add_(torch.mul(d, alpha, out=product))
 
-    def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None, *, name: str, first: int) -> Measures:
+    def extract(self, out: Tensor, plus: Tensor, minus: Tensor | None, *, name: str, first: int) -> Measured:
         """Fill ``out`` with ``plus − minus``; ``name`` and ``first`` as of `combine`."""
         d = self.difference(plus, minus)
         # Under another name than `combine`'s: what is rounded by the same bits twice is not right on average.
         self._rounder.round(d, out, name=f"vector of {name}", first=first)
         zero, _, _, stored, *_ = self._cut_scratch(plus)
-        found = measure(out, out.new_zeros(()).expand_as(out), zero.zero_(), d, 1.0, self._stats)
         if self._stats == "none" or out.dtype == d.dtype:
-            return found
-        stored.copy_(out)
-        return found._replace(inexact=int(torch.count_nonzero(stored.ne(d) & ~(stored.isnan() & d.isnan()))))
+            inexact = None
+        else:
+            stored.copy_(out)
+            inexact = torch.count_nonzero(stored.ne(d) & ~(stored.isnan() & d.isnan()))
+        base = out.new_zeros(()).expand_as(out)
+        return measure(out, base, zero.zero_(), d, 1.0, self._stats, inexact=inexact)
 
     def difference(self, plus: Tensor, minus: Tensor | None) -> Tensor:
         """``RN(plus − minus)``; valid until the next call."""

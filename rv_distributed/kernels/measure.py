@@ -1,9 +1,14 @@
-"""What a block tells, in torch: for GPUs, and for arithmetic that is not compiled. Counts are those of `strips`."""
+"""What a block tells, in torch: for GPUs, and for arithmetic that is not compiled. Counts are those of `strips`.
+
+Nothing here waits for a GPU before `Measured.result`: a block is one queue of kernels, and one wait at its end.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,58 +22,122 @@ _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_STEPS: Final = torch.iinfo(torch.int64).max
 
 
-def measure(out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats) -> Measures:
-    """The measures of ``out``, which was to be ``t + alpha·v``; ``t`` is ``target`` in the dtype of the arithmetic."""
-    total = Measures()
-    size = out.numel() if out.is_cuda else _SLICE
+class Measured(NamedTuple):
+    """What was measured of a block, on the way from its device."""
+
+    slices: Sequence[_Slice]
+
+    def result(self) -> Measures:
+        """The measures, once the device has done what was asked of it and before the block's tensors are used again."""
+        return reduce(Measures.plus, (part.result() for part in self.slices), Measures())
+
+
+def measure(
+    out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats, *, inexact: Tensor | None = None
+) -> Measured:
+    """Measure ``out``, which was to be ``t + alpha·v``; ``t`` is ``target`` in the dtype of the arithmetic.
+
+    ``inexact``, a tensor without dimensions, is the count of that name.
+    """
+    size = max(1, out.numel()) if out.is_cuda else _SLICE
+    slices = []
     for start in range(0, out.numel(), size):
         part = slice(start, start + size)
-        total = total.plus(_measure(out[part], target[part], t[part], v[part], alpha, stats).moved(start))
-    return total
+        slices.append(_measure(start, out[part], target[part], t[part], v[part], alpha, stats, inexact))
+        inexact = None
+    return Measured(slices)
 
 
-def _measure(out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats) -> Measures:
+class _Slice(NamedTuple):
+    """What was measured of some elements from ``start``, which are those of ``out``, ``t`` and ``v``."""
+
+    start: int
+    out: Tensor
+    t: Tensor
+    v: Tensor
+    counts: Tensor
+    """Elements that are not finite, then what `_counts` gives; int64."""
+    sums: Tensor
+    """What `_sums` gives; float64."""
+
+    def result(self) -> Measures:
+        nonfinite, inexact, *counts = self.counts.tolist()
+        found = self._nonfinite() if nonfinite else Measures()
+        sums = self.sums.tolist()
+        if counts:
+            nonzero, unchanged, absorbed, ulps_max, *at_least = counts
+            v_max, v_sq, t_sq, *products = sums
+            found = found._replace(
+                v_sq=v_sq,
+                t_sq=t_sq,
+                v_max=v_max,
+                nonzero=nonzero,
+                changed=self.out.numel() - unchanged,
+                absorbed=absorbed,
+                ulps_max=ulps_max,
+                inexact=inexact,
+            )
+            if products:
+                v_t, moved_v, error_sq = products
+                ulps = tuple(low - high for low, high in pairwise([*at_least, 0]))
+                found = found._replace(v_t=v_t, moved_v=moved_v, error_sq=error_sq, ulps=ulps)
+        return found.moved(self.start)
+
+    def _nonfinite(self) -> Measures:
+        infinite, where = torch.isinf(self.out), ~torch.isfinite(self.out)
+        count = int(torch.count_nonzero(infinite))
+        return Measures(
+            overflowed=int(torch.count_nonzero(infinite & torch.isfinite(self.t) & torch.isfinite(self.v))),
+            nan=int(torch.count_nonzero(where)) - count,
+            infinite=count,
+            first_nonfinite=int(torch.argmax(where.to(torch.uint8))),
+        )
+
+
+def _measure(
+    start: int, out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats, inexact: Tensor | None
+) -> _Slice:
     finite = torch.isfinite(out)
-    found = Measures() if bool(finite.all()) else _nonfinite(out, ~finite, t, v)
-    if stats == "none":
-        return found
-    low, high = torch.aminmax(v)
+    zero = out.new_zeros((), dtype=torch.int64)
+    counts = [torch.count_nonzero(~finite), zero if inexact is None else inexact]
+    sums: list[Tensor] = []
+    if stats != "none":
+        counts += _counts(out, target, t, v, finite, alpha, stats)
+        sums += _sums(out, t, v, alpha, stats)
+    values = torch.stack(sums) if sums else out.new_empty(0, dtype=torch.float64)
+    # From a GPU it goes to pinned memory, which is not waited for.
+    counted, summed = (of.to("cpu", non_blocking=True) for of in (torch.stack(counts), values))
+    return _Slice(start, out, t, v, counted, summed)
+
+
+def _counts(
+    out: Tensor, target: Tensor, t: Tensor, v: Tensor, finite: Tensor, alpha: float, stats: Stats
+) -> list[Tensor]:
+    """Elements of v that are not 0; of out that are unchanged, and those of them that v should have moved; the most
+    steps; and, for full statistics, how many elements moved by at least as many steps as `ULPS_FROM` says."""
     steps = _steps(target if target.dtype == out.dtype else t.to(out.dtype), out)
     nonzero = v != 0
     same = (steps == 0) | (torch.isnan(out) & torch.isnan(t))
     # Between NaN or infinity and anything else there is no number of steps.
     steps = torch.where(finite & torch.isfinite(t), steps, 0)
-    found = found._replace(
-        v_sq=_dot(v, v),
-        t_sq=_dot(t, t),
-        v_max=max(-low.item(), high.item()),
-        nonzero=int(torch.count_nonzero(nonzero)),
-        changed=same.numel() - int(torch.count_nonzero(same)),
-        absorbed=int(torch.count_nonzero(same & nonzero)) if alpha else 0,
-        ulps_max=int(steps.max()),
-    )
-    if stats == "basic":
-        return found
-    moved = out.double() - t.double()
-    error = moved - alpha * v.double()
-    at_least = [*(int(torch.count_nonzero(steps >= least)) for least in ULPS_FROM), 0]
-    return found._replace(
-        v_t=_dot(v, t),
-        moved_v=_dot(moved, v),
-        error_sq=_dot(error, error),
-        ulps=tuple(low - high for low, high in pairwise(at_least)),
-    )
+    absorbed = torch.count_nonzero(same & nonzero)
+    counts = [torch.count_nonzero(nonzero), torch.count_nonzero(same), absorbed if alpha else absorbed.zero_()]
+    counts.append(steps.max())
+    if stats == "full":
+        counts += [torch.count_nonzero(steps >= least) for least in ULPS_FROM]
+    return counts
 
 
-def _nonfinite(out: Tensor, where: Tensor, t: Tensor, v: Tensor) -> Measures:
-    infinite = torch.isinf(out)
-    count = int(torch.count_nonzero(infinite))
-    return Measures(
-        overflowed=int(torch.count_nonzero(infinite & torch.isfinite(t) & torch.isfinite(v))),
-        nan=int(torch.count_nonzero(where)) - count,
-        infinite=count,
-        first_nonfinite=int(torch.argmax(where.to(torch.uint8))),
-    )
+def _sums(out: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats) -> list[Tensor]:
+    """max |v|, Σ v² and Σ t²; for full statistics Σ v·t, Σ (o − t)·v and Σ ((o − t) − αv)² as well."""
+    low, high = torch.aminmax(v)
+    t, v = t.double(), v.double()
+    sums = [torch.maximum(-low, high).abs().double(), (v * v).sum(), (t * t).sum()]
+    if stats == "full":
+        moved = out.double() - t
+        error = moved - alpha * v
+        sums += [(v * t).sum(), (moved * v).sum(), (error * error).sum()]
+    return sums
 
 
 def _steps(one: Tensor, other: Tensor) -> Tensor:
@@ -84,7 +153,3 @@ def _places(values: Tensor) -> Tensor:
     """The place of every number in the sequence of all numbers of its dtype; those of both zeros are 0."""
     bits = values.contiguous().view(_BITS[values.element_size()]).long()
     return torch.where(bits < 0, torch.iinfo(_BITS[values.element_size()]).min - bits, bits)
-
-
-def _dot(one: Tensor, other: Tensor) -> float:
-    return torch.dot(one.double(), other.double()).item()

@@ -16,7 +16,7 @@ from torch import Tensor
 from rv_distributed.kernels.noise import Noise
 from rv_distributed.recipe import Arithmetic
 
-#: Temporaries are made for this many elements at a time, to keep them few and in the caches.
+#: Temporaries are made for this many elements at a time on a processor, to keep them few and in the caches.
 _SLICE: Final = 1 << 16
 
 
@@ -62,7 +62,7 @@ class Rounder:
     def __init__(self, arithmetic: Arithmetic, *, block_elements: int, device: torch.device) -> None:
         self._noise: Noise | None = None
         if arithmetic.rounding == "stochastic":
-            words = max(block_elements // 2 + 1, min(block_elements, _SLICE))
+            words = max(block_elements // 2 + 1, min(block_elements, _slice_of(device, block_elements)))
             self._noise = Noise(arithmetic.seed, words=words, device=device)
             self._bits = torch.empty(block_elements, dtype=torch.int32, device=device)
 
@@ -73,10 +73,11 @@ class Rounder:
         elif values.dtype == torch.float32 and out.dtype == torch.bfloat16:
             self._to_bfloat16(values, out, self._noise.bits16(name, first, values.numel()))
         else:
-            for start in range(0, values.numel(), _SLICE):
-                part = values[start : start + _SLICE]
+            size = _slice_of(values.device, values.numel())
+            for start in range(0, values.numel(), size):
+                part = values[start : start + size]
                 words = self._noise.bits32(name, first + start, part.numel())
-                _by_comparison(part, out[start : start + _SLICE], words)
+                _by_comparison(part, out[start : start + size], words)
 
     def _to_bfloat16(self, values: Tensor, out: Tensor, noise: Tensor) -> None:
         """A bfloat16 is the upper half of a float32, subnormal or not: noise added to the lower half carries into
@@ -115,23 +116,29 @@ def _by_comparison(values: Tensor, out: Tensor, words: Tensor) -> None:
 def _correct_beyond(values: Tensor, out: Tensor) -> None:
     """Round to nearest what is not within the finite numbers of the output's dtype."""
     top = _FORMATS[out.dtype].top
-    low, high = torch.aminmax(values)
-    if max(-low.item(), high.item()) < top:
-        return
-    beyond = ~(values.abs() < top)
-    rest = values[beyond]
-    rounded = torch.empty_like(rest, dtype=out.dtype)
-    _to_nearest(rest, rounded)
-    out[beyond] = rounded
+    if not values.is_cuda:
+        # There a look is cheap, and mostly all; a GPU would have to be waited for.
+        low, high = torch.aminmax(values)
+        if max(-low.item(), high.item()) < top:
+            return
+    rounded = torch.empty_like(out)
+    _to_nearest(values, rounded)
+    out.copy_(torch.where(values.abs() < top, out, rounded))
 
 
 def _to_nearest(values: Tensor, out: Tensor) -> None:
     if values.dtype == torch.float64 and out.dtype in _FORMATS:
         # torch converts by way of float32, which would round twice.
-        for start in range(0, values.numel(), _SLICE):
-            out[start : start + _SLICE].copy_(_to_odd(values[start : start + _SLICE]))
+        size = _slice_of(values.device, values.numel())
+        for start in range(0, values.numel(), size):
+            out[start : start + size].copy_(_to_odd(values[start : start + size]))
     else:
         out.copy_(values)
+
+
+def _slice_of(device: torch.device, elements: int) -> int:
+    """How many of some elements to make temporaries for at a time."""
+    return _SLICE if device.type == "cpu" else max(1, elements)
 
 
 def _to_odd(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from contextlib import suppress
 
 import numpy as np
@@ -38,18 +39,31 @@ class Buffer:
         self.view = memoryview(self._memory)
         self.array: Bytes = np.frombuffer(self._memory, np.uint8)
         if self._pinned:
-            import torch
-
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.array.ctypes.data, size, 0))
+            # Before the memory goes: what comes to lie there next could not be pinned.
+            self._unpin = weakref.finalize(self, _unpin, _pin(self.array))
+            self._unpin.atexit = False
 
     def _free(self) -> None:
         if self._pinned:
-            import torch
-
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.array.ctypes.data))
+            self._unpin()
         self.view.release()
         # The mapping itself goes with its last reference; a tensor may still look at it.
         del self._memory, self.array
+
+
+def _pin(array: Bytes) -> int:
+    """Lock the memory for a GPU's copies; returns its address."""
+    import torch
+
+    address = array.ctypes.data
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, 0))
+    return address
+
+
+def _unpin(address: int) -> None:
+    import torch
+
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 def read_range(reader: Reader, wanted: ByteRange) -> Bytes:

@@ -20,7 +20,7 @@ from rv_distributed.runtime.chunks import Computed, Part
 from rv_distributed.runtime.model import BLOCK_BYTES, WorkerConfig
 from rv_distributed.runtime.requantize import Requantizer
 
-#: A GPU wants few large launches, not blocks of a cache's size.
+#: A GPU wants few large launches, not blocks of a cache's size: whole chunks, up to this.
 _CUDA_BLOCK_BYTES: Final = 16 << 20
 
 
@@ -56,7 +56,7 @@ class PartComputer:
     def __init__(self, config: WorkerConfig, device: str) -> None:
         self._config, self._device = config, device
         self._numbers = config.numbers
-        self._block_bytes = BLOCK_BYTES if device == "cpu" else _CUDA_BLOCK_BYTES
+        self._block_bytes = BLOCK_BYTES if device == "cpu" else min(_CUDA_BLOCK_BYTES, config.chunk_bytes)
         self._requantizer = Requantizer(config)
         self._block = _choose_block(config, device, self._block_bytes)
 
@@ -68,8 +68,8 @@ class PartComputer:
     def compute(self, span: Span, part: Part, arena: Arena, outs: Bytes, start: int) -> Iterator[Computed]:
         """Fill the part's bytes in ``outs``, which has a row an output: the window of the file from byte ``start``.
 
-        Yields blocks when they are finished. They end at multiples of their size in the file, so they are the same
-        however the file is cut into chunks and pieces.
+        Yields blocks when they are finished. They end at multiples of their size in the file, so those of a processor
+        are the same however the file is cut into chunks and pieces.
         """
         if span.requantized is not None:
             arena.decoder.keep_only(span.operands)

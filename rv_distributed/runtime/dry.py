@@ -77,6 +77,7 @@ def dry_config(plan: Plan, *, output: str, stats: Stats) -> WorkerConfig:
         cpus=usable_cpus(),
         chunk_bytes=sizing.chunk_bytes,
         arenas=1,
+        buffer_bytes=sizing.buffer_bytes,
         stats=stats,
         arithmetic=plan.arithmetic,
     )

@@ -9,7 +9,7 @@ from typing import Final
 
 from rv_distributed.errors import WorkerError
 from rv_distributed.plan import PieceTask
-from rv_distributed.runtime.model import PieceResult, WorkerConfig, patience_s
+from rv_distributed.runtime.model import PieceResult, WorkerConfig, WorkerShape, patience_s
 from rv_distributed.runtime.worker import Stopped, Worker, choose_device
 
 #: Longest time between two looks at whether a stream hangs, in seconds.
@@ -19,8 +19,9 @@ _LOOK_S: Final = 1.0
 class LocalRuntime:
     """Runs tasks on threads of this process."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, shape: WorkerShape) -> None:
         self._device = device
+        self.shape = shape
 
     def __enter__(self) -> LocalRuntime:
         choose_device(self._device)

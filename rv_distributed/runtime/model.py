@@ -40,6 +40,8 @@ class WorkerConfig:
     """Output bytes that a stream reads, computes and writes at a time; a multiple of `BLOCK_BYTES`."""
     arenas: int
     """Chunks whose sources a stream has in memory at once: more than one where they come over a network."""
+    buffer_bytes: int
+    """What the buffers of all streams take together."""
     stats: Stats
     """What is measured. NaN and infinity are always counted."""
     arithmetic: Arithmetic
@@ -90,12 +92,22 @@ def patience_s(task: PieceTask, outputs: int) -> float:
     return _PATIENCE_S + (read + written) / _SLOWEST_BYTES_PER_S
 
 
+class WorkerShape(NamedTuple):
+    """What a worker has."""
+
+    cpus: int
+    has_gpu: bool
+
+
 class Runtime(Protocol):
     """Runs tasks on workers. The tasks come in file order; the results in any.
 
     Entered before a run takes its output's place: what is asked for and not there, such as a cluster or a GPU,
     is a UsageError then.
     """
+
+    shape: WorkerShape
+    """Of each worker; known once it is entered."""
 
     def __enter__(self) -> Runtime: ...
 

@@ -11,10 +11,14 @@ from typing import Final, Literal
 from rv_distributed.errors import UsageError
 
 RuntimeName = Literal["auto", "local", "ray"]
+ChosenRuntime = Literal["local", "ray"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 #: Of NVIDIA's drivers for servers, for boards with a GPU of their own and for Windows' Linux, and of AMD's.
 _GPU_DEVICES: Final = ("nvidia[0-9]*", "nvgpu", "nvhost-gpu", "dxg", "kfd")
+
+#: A GPU's worker feeds it, hashes and writes on these.
+MOST_CPUS_BESIDE_GPU: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,9 @@ class RunOptions:
     workers: int | None = None
     """Threads of the local runtime, or actors under Ray; None for what the machine has, or the cluster at any time.
     A cluster that scales up from few nodes is asked for as many as this says."""
-    cpus_per_worker: int = 1
-    """CPUs that an actor is given under Ray. It computes on as many at once."""
+    cpus_per_worker: int | None = None
+    """CPUs that an actor is given under Ray. It computes on as many at once. None for one, or beside a GPU for its
+    share of the node's, but four at most: reading, digests and writing are still done on them."""
     workers_per_node: int | None = None
     """Most actors on one node of a Ray cluster; None for no limit but its resources."""
     node_labels: Mapping[str, str] = field(default_factory=dict)
@@ -52,7 +57,7 @@ class RunOptions:
             raise UsageError(f"device {self.device!r} is not one of auto, cpu, cuda")
         if self.workers is not None and self.workers < 1:
             raise UsageError("--workers must be at least 1")
-        if self.cpus_per_worker < 1:
+        if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
             raise UsageError("--cpus-per-worker must be at least 1")
         if self.workers_per_node is not None and self.workers_per_node < 1:
             raise UsageError("--workers-per-node must be at least 1")
@@ -60,7 +65,7 @@ class RunOptions:
             raise UsageError("--address goes with --runtime ray, not with local")
 
 
-def choose_runtime(options: RunOptions) -> Literal["local", "ray"]:
+def choose_runtime(options: RunOptions) -> ChosenRuntime:
     """Ray when it is asked for, when an address is given, when RAY_ADDRESS is set, inside a Ray job, or when
     this machine has several GPUs that may be used; else local."""
     if options.runtime != "auto":

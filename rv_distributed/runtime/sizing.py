@@ -17,6 +17,8 @@ from rv_distributed.storage.objects import WRITER_BYTES
 CHUNK_BYTES = 4 << 20
 #: The same where sources come over a network: a request costs more there, and a stream has fewer of them under way.
 REMOTE_CHUNK_BYTES = 16 << 20
+#: The same for a GPU, which takes as long to be told what to do with a small one.
+GPU_CHUNK_BYTES = 16 << 20
 _LEAST_REMOTE_CHUNK_BYTES: Final = 8 << 20
 #: Chunks whose sources a stream then has in memory: the one that it computes, and the next.
 _REMOTE_ARENAS: Final = 2
@@ -47,7 +49,9 @@ class Sizing(NamedTuple):
     """What all streams' buffers take together."""
 
 
-def size_buffers(plan: Plan, *, streams: int, budget_bytes: int, remote_outputs: int = 0) -> Sizing:
+def size_buffers(
+    plan: Plan, *, streams: int, budget_bytes: int, remote_outputs: int = 0, has_gpu: bool = False
+) -> Sizing:
     """As many streams as asked for and as large chunks as fit ``budget_bytes``; fewer streams if they must.
 
     ``remote_outputs`` counts the outputs that go into object stores. Raises UsageError when not even one stream with
@@ -72,7 +76,8 @@ def size_buffers(plan: Plan, *, streams: int, budget_bytes: int, remote_outputs:
     def stream_bytes(chunk: int) -> int:
         return int(chunk * (ratio * arenas + outputs)) + scratch
 
-    largest, least = (REMOTE_CHUNK_BYTES, _LEAST_REMOTE_CHUNK_BYTES) if remote else (CHUNK_BYTES, BLOCK_BYTES)
+    largest = REMOTE_CHUNK_BYTES if remote else GPU_CHUNK_BYTES if has_gpu else CHUNK_BYTES
+    least = _LEAST_REMOTE_CHUNK_BYTES if remote else BLOCK_BYTES
     chunk = min(largest, max(BLOCK_BYTES, -(-max(shard.size for shard in plan.shards) // BLOCK_BYTES) * BLOCK_BYTES))
     while chunk > least and streams * stream_bytes(chunk) > budget_bytes:
         chunk = max(least, chunk // 2 // BLOCK_BYTES * BLOCK_BYTES)

@@ -7,7 +7,9 @@ kernels in between are the same.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 
@@ -18,6 +20,10 @@ from rv_distributed.recipe import Weights
 from rv_distributed.runtime.arena import Found
 from rv_distributed.runtime.buffers import Bytes
 from rv_distributed.runtime.model import WorkerConfig
+
+#: One thread at a time puts a block's kernels into a queue, which is soon done: several would hand the interpreter's
+#: lock around between one kernel and the next.
+_QUEUEING: Final = threading.Lock()
 
 
 class TorchBlock:
@@ -60,9 +66,9 @@ class TorchBlock:
             return values if self._stream is None else values.to(self._device, non_blocking=True)
 
         dtype = TORCH_DTYPES[span.dtype]
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            stop = at + count * dtype.itemsize
-            raws = [torch.from_numpy(out[at:stop]).view(dtype) for out in outs]
+        stop = at + count * dtype.itemsize
+        raws = [torch.from_numpy(out[at:stop]).view(dtype) for out in outs]
+        with self._queue():
             results = raws if self._stream is None else [torch.empty_like(raw, device=self._device) for raw in raws]
             target, *others = [
                 load(found.at, source) if source is not None else None
@@ -76,5 +82,15 @@ class TorchBlock:
             if self._stream is not None:
                 for raw, result in zip(raws, results, strict=True):
                     raw.copy_(result, non_blocking=True)
-                self._stream.synchronize()
-        return [measured]
+        if self._stream is not None:
+            self._stream.synchronize()
+        return [[of_output.result() for of_output in measured]]
+
+    @contextlib.contextmanager
+    def _queue(self) -> Iterator[None]:
+        """Where work for the GPU is put into the stream's queue; nothing on a processor."""
+        if self._stream is None:
+            yield
+            return
+        with _QUEUEING, torch.cuda.stream(self._stream):
+            yield

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from rv_distributed.demo import make_checkpoints
-from rv_distributed.runtime.on_ray.runtime import _ACTOR_BYTES, _OBJECT_STORE_BYTES
+from rv_distributed.runtime.on_ray.runtime import _OBJECT_STORE_BYTES, ACTOR_BYTES, GPU_ACTOR_BYTES
 from rv_distributed.runtime.sizing import DEFAULT_BUDGET_BYTES
 from rv_distributed.units import parse_bytes
 
@@ -178,10 +178,10 @@ def test_the_memory_of_a_node_holds_its_workers_and_ray(document: dict[str, Any]
     argv = command(document)
     budget = parse_bytes(option(argv, "--memory-budget") or "", "--memory-budget")
     assert budget == DEFAULT_BUDGET_BYTES
-    per_worker = _ACTOR_BYTES + budget
     for group in worker_groups(document):
         found = limits(group["template"]["spec"])
-        # Without --cpus-per-worker, and with a GPU in any case, a worker takes one CPU.
+        per_worker = budget + (GPU_ACTOR_BYTES if "nvidia.com/gpu" in found else ACTOR_BYTES)
+        # Without --cpus-per-worker a worker takes one CPU, and with a GPU its share, of four at most.
         workers = int(found.get("nvidia.com/gpu", found["cpu"]))
         store = int(group["rayStartParams"]["object-store-memory"])
         assert int(found["cpu"]) >= workers

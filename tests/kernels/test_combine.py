@@ -36,21 +36,22 @@ ALPHAS = (1.0, -1.0, 0.5, 0.7, 1e-3, 0.0)
 DEFAULT = Arithmetic("float32", "nearest", 0)
 
 
-def tensor_of(raw: Raw) -> torch.Tensor:
-    return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype])
+def tensor_of(raw: Raw, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype]).to(device)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().view(torch.uint8).numpy().tobytes()
 
 
 Vectors = Sequence[tuple[Raw, Raw | None]]
 
 
 class ByTorch:
-    """The torch kernels, on the processor."""
+    """The torch kernels, on the processor or on a GPU."""
 
-    name = "torch"
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
 
     def run(
         self,
@@ -66,28 +67,29 @@ class ByTorch:
         combiner = Combiner(
             block_elements=shape[0],
             outputs=len(dtypes),
-            device=torch.device("cpu"),
+            device=self._device,
             weighted=WEIGHTED or len(vectors) > 1,
             stats=stats,
             arithmetic=arithmetic,
         )
-        outs = [torch.empty(shape[0], dtype=TORCH_DTYPES[dtype]) for dtype in dtypes]
-        operands = [(tensor_of(plus), tensor_of(minus) if minus else None) for plus, minus in vectors]
+        outs = [torch.empty(shape[0], dtype=TORCH_DTYPES[dtype], device=self._device) for dtype in dtypes]
+        vectors_here = [
+            (tensor_of(plus, self._device), tensor_of(minus, self._device) if minus else None)
+            for plus, minus in vectors
+        ]
         if target is None:
-            measures = [combiner.extract(outs[0], *operands[0], name="x", first=first)]
+            measured = [combiner.extract(outs[0], *vectors_here[0], name="x", first=first)]
         else:
-            t = tensor_of(target)
-            measures = combiner.combine(
-                outs, t, operands, [Weights(tuple(row)) for row in alphas], name="x", first=first
-            )
+            t = tensor_of(target, self._device)
+            rows = [Weights(tuple(row)) for row in alphas]
+            measured = combiner.combine(outs, t, vectors_here, rows, name="x", first=first)
             assert bytes_of(t) == target.data, "an input was written to"
-        return [Raw(dtype, shape, bytes_of(out)) for dtype, out in zip(dtypes, outs, strict=True)], measures
+        raws = [Raw(dtype, shape, bytes_of(out)) for dtype, out in zip(dtypes, outs, strict=True)]
+        return raws, [of_output.result() for of_output in measured]
 
 
 class Compiled:
     """The compiled kernel, with operands at odd addresses and at even ones."""
-
-    name = "compiled"
 
     def run(
         self,
@@ -131,15 +133,18 @@ class Compiled:
         return raws, measures
 
 
-@pytest.fixture(params=[ByTorch(), Compiled()], ids=lambda kernel: kernel.name, autouse=True)
+KERNELS = [ByTorch("cpu"), Compiled(), pytest.param(ByTorch("cuda"), marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=KERNELS, ids=["torch", "compiled", "cuda"], autouse=True)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ByTorch | Compiled:
-    """Both kernels are held to all of this."""
+    """All kernels are held to all of this."""
     monkeypatch.setattr(sys.modules[__name__], "KERNEL", request.param)
     found: ByTorch | Compiled = request.param
     return found
 
 
-KERNEL: ByTorch | Compiled = ByTorch()
+KERNEL: ByTorch | Compiled = Compiled()
 #: Of tensors that get one vector of several.
 WEIGHTED = False
 
@@ -490,16 +495,16 @@ def test_nan_is_counted_even_when_nothing_is_measured() -> None:
 @pytest.mark.parametrize(
     "make", [any_bits, lambda rng, dtype, count: weights(rng, dtype, (count,))], ids=["any", "usual"]
 )
-def test_stochastic_rounding_has_one_result_in_both_kernels(make: Any, dtype: str, first: int) -> None:
+def test_stochastic_rounding_has_one_result_in_all_kernels(make: Any, dtype: str, first: int) -> None:
     rng, arithmetic = np.random.default_rng(43), Arithmetic("float32", "stochastic", 7)
     target, plus, minus = (make(rng, source, 6000) for source in (dtype, "F32", dtype))
     rows, vectors = [[0.3], [0.0], [1.0]], [(plus, minus)]
-    (found, measured), (wanted, others) = (
-        kernel.run(target, vectors, rows, [dtype] * 3, "basic", arithmetic, first) for kernel in (Compiled(), ByTorch())
-    )
-    for raw, other in zip(found, wanted, strict=True):
-        assert same_bits(raw.data, other.data, dtype)
-    assert [m.changed for m in measured] == [m.changed for m in others]
+    wanted, others = Compiled().run(target, vectors, rows, [dtype] * 3, "basic", arithmetic, first)
     (vector,), _ = Compiled().run(None, vectors, [[1.0]], [dtype], "none", arithmetic, first)
-    (other,), _ = ByTorch().run(None, vectors, [[1.0]], [dtype], "none", arithmetic, first)
-    assert same_bits(vector.data, other.data, dtype)
+    for kernel in (ByTorch("cpu"), KERNEL):
+        found, measured = kernel.run(target, vectors, rows, [dtype] * 3, "basic", arithmetic, first)
+        for raw, other in zip(found, wanted, strict=True):
+            assert same_bits(raw.data, other.data, dtype)
+        assert [m.changed for m in measured] == [m.changed for m in others]
+        (same,), _ = kernel.run(None, vectors, [[1.0]], [dtype], "none", arithmetic, first)
+        assert same_bits(same.data, vector.data, dtype)

@@ -186,9 +186,9 @@ def test_a_million_roundings_of_one_value_have_its_mean(dtype: str, kind: type[A
         assert abs(float(np.mean(found / LEAST[dtype])) - float(given[0]) / LEAST[dtype]) * LEAST[dtype] < 5 * deviation
 
 
-def combiner(arithmetic: Arithmetic, outputs: int = 1) -> Combiner:
+def combiner(arithmetic: Arithmetic, outputs: int = 1, device: torch.device = CPU) -> Combiner:
     return Combiner(
-        block_elements=40_000, outputs=outputs, device=CPU, weighted=False, stats="basic", arithmetic=arithmetic
+        block_elements=40_000, outputs=outputs, device=device, weighted=False, stats="basic", arithmetic=arithmetic
     )
 
 
@@ -196,35 +196,37 @@ def tensor_of(raw: Raw) -> torch.Tensor:
     return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("make", [any_bits, lambda rng, dtype, count: weights(rng, dtype, (count,))])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("sources", [("BF16", "BF16", "BF16"), ("F32", "BF16", "F16"), ("F16", "F32", "F32")], ids=str)
-def test_in_float64_every_step_is(make: Any, rounding: Rounding, sources: tuple[str, str, str]) -> None:
+def test_in_float64_every_step_is(make: Any, rounding: Rounding, sources: tuple[str, str, str], device: str) -> None:
     rng, alpha = np.random.default_rng(9), 0.7
     target, plus, minus = (make(rng, dtype, 40_000) for dtype in sources)
-    kernel = combiner(Arithmetic("float64", rounding, 4))
+    kernel = combiner(Arithmetic("float64", rounding, 4), device=torch.device(device))
+    base = tensor_of(target).to(device)
     for dtype in ("F32", *SMALL):
-        out = torch.empty(40_000, dtype=TORCH_DTYPES[dtype])
+        out = torch.empty(40_000, dtype=TORCH_DTYPES[dtype], device=device)
 
         def bits(values: Floats, out: torch.Tensor = out, dtype: str = dtype, name: str = "w") -> None:
             if rounding == "nearest":
                 wanted = nearest(values, dtype)
             else:
                 wanted = stochastic(values, dtype, seed=4, name=name, first=77)
-            assert same_bits(out.view(torch.uint8).numpy().tobytes(), wanted, dtype)
+            assert same_bits(out.cpu().view(torch.uint8).numpy().tobytes(), wanted, dtype)
 
-        operands = [(tensor_of(plus), tensor_of(minus))]
-        kernel.combine([out], tensor_of(target), operands, [Weights((alpha,))], name="w", first=77)
+        operands = [(tensor_of(plus).to(device), tensor_of(minus).to(device))]
+        kernel.combine([out], base, operands, [Weights((alpha,))], name="w", first=77)
         bits(wide_accumulated(target, [(plus, minus)], [alpha]))
-        (measures,) = kernel.combine([out], tensor_of(target), [], [Weights()], name="w", first=77)
+        kernel.combine([out], base, [], [Weights()], name="w", first=77)
         if dtype != target.dtype:
             bits(wide_accumulated(target, [], []))
         else:
-            assert out.view(torch.uint8).numpy().tobytes() == target.data
-        measures = kernel.extract(out, *operands[0], name="w", first=77)
+            assert out.cpu().view(torch.uint8).numpy().tobytes() == target.data
+        measures = kernel.extract(out, *operands[0], name="w", first=77).result()
         exact = wide_difference(plus, minus)
         bits(exact, name="vector of w")
-        stored = widen(Raw(dtype, (40_000,), out.view(torch.uint8).numpy().tobytes())).astype(np.float64)
+        stored = widen(Raw(dtype, (40_000,), out.cpu().view(torch.uint8).numpy().tobytes())).astype(np.float64)
         assert measures.inexact == np.sum((stored != exact) & ~(np.isnan(stored) & np.isnan(exact)))
 
 

@@ -38,7 +38,8 @@ def by_torch(
 
     outs = [torch.empty(COUNT, dtype=TORCH_DTYPES[dtype], device=device) for _ in rows]
     operands = [(load(plus), load(minus) if minus else None) for plus, minus in vectors]
-    measures = combiner.combine(outs, load(target) if target else None, operands, rows, name="x", first=0)
+    measured = combiner.combine(outs, load(target) if target else None, operands, rows, name="x", first=0)
+    measures = [of_output.result() for of_output in measured]
     return [out.cpu().view(torch.uint8).numpy().tobytes() for out in outs], measures
 
 
@@ -128,7 +129,8 @@ def test_both_kernels_measure_the_same(has_target: bool, order: Order) -> None:
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_a_gpu_makes_the_bits_of_the_cpu(has_target: bool, order: Order, dtype: str) -> None:
     target, *models = raws(["F32", "F32", "BF16", "F16"])
-    rows = [Weights((0.3, -0.7, 1.1), 0.7, 1.3), Weights((1.0, 0.0, -1.0))]
+    third, less, more, divisor, scale = (float(np.float32(value)) for value in (0.3, -0.7, 1.1, 0.7, 1.3))
+    rows = [Weights((third, less, more), divisor, scale), Weights((1.0, 0.0, -1.0))]
     vectors = [(model, target if has_target else None) for model in models]
     args = (target if has_target else None, vectors, rows, dtype, order)
     assert by_torch(*args, device="cuda")[0] == by_torch(*args)[0] == compiled(*args)[0]

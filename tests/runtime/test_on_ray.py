@@ -121,15 +121,14 @@ def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, r
     job = rv.prepare(recipe, [str(folder / "out")], SMALL, rv.RunOptions(runtime="ray"))
     for shard in job.plan.shards:
         preallocate(str(folder / shard.name), shard.size)
-    streams, chunk_bytes, arenas, _ = job.sizing
-    buffers = streams, 1, chunk_bytes, arenas
+    streams, chunk_bytes, arenas, buffer_bytes = job.sizing
+    buffers = streams, 1, chunk_bytes, arenas, buffer_bytes
     config = WorkerConfig((str(folder),), (0,), False, "auto", *buffers, job.plan.stats, job.plan.arithmetic)
     return [task_of(job.plan, piece) for piece in job.plan.pieces], config, job
 
 
 def runtime_of(job: rv.Job, *, workers: int) -> RayRuntime:
-    options = rv.RunOptions(workers=workers)
-    return RayRuntime(options, pieces=len(job.plan.pieces), buffer_bytes=job.sizing.buffer_bytes)
+    return RayRuntime(rv.RunOptions(workers=workers), pieces=len(job.plan.pieces))
 
 
 def kill_worker(result: PieceResult) -> None:

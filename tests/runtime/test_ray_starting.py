@@ -24,7 +24,7 @@ import ray
 from rv_distributed.runtime.on_ray import RayRuntime
 from rv_distributed.runtime.select import RunOptions
 
-with RayRuntime(RunOptions(workers=2), pieces=2, buffer_bytes=1 << 20):
+with RayRuntime(RunOptions(workers=2), pieces=2):
     print(ray.get(ray.remote(lambda: "up").remote()), flush=True)
     sys.stdin.readline()
 """

@@ -14,28 +14,27 @@ import ray
 
 from rv_distributed.errors import UsageError, redacted
 from rv_distributed.plan import PieceTask
-from rv_distributed.runtime.model import PieceResult, WorkerConfig
+from rv_distributed.runtime.model import PieceResult, WorkerConfig, WorkerShape
 from rv_distributed.runtime.on_ray.pool import Pool
 from rv_distributed.runtime.on_ray.starting import quick_start
-from rv_distributed.runtime.select import RunOptions, usable_cpus
+from rv_distributed.runtime.select import MOST_CPUS_BESIDE_GPU, RunOptions, usable_cpus
 
 #: Ray's smallest object store is 75 MiB, and nothing of ours needs more.
 _OBJECT_STORE_BYTES: Final = 100_000_000
-#: What an actor takes beside its buffers: the interpreter and torch.
-_ACTOR_BYTES: Final = 400 << 20
+#: What an actor takes beside its buffers: the interpreter and our packages; beside a GPU, torch and CUDA, too.
+ACTOR_BYTES: Final = 400 << 20
+GPU_ACTOR_BYTES: Final = 1000 << 20
 
 
 class RayRuntime:
     """Runs tasks on actors of a Ray cluster, which it starts on this machine when there is none."""
 
-    def __init__(self, options: RunOptions, *, pieces: int, buffer_bytes: int) -> None:
+    def __init__(self, options: RunOptions, *, pieces: int) -> None:
         self._options = options
         self._address = options.address or os.environ.get("RAY_ADDRESS") or ""
         self._pieces = pieces
-        self._buffer_bytes = buffer_bytes
         self._started = False
-        self.uses_gpus = False
-        """Whether each worker gets a GPU; known once it is entered."""
+        self.shape = WorkerShape(1, has_gpu=False)
 
     def __enter__(self) -> RayRuntime:
         """Connect. Raises UsageError when the cluster cannot be reached or lacks what is asked for."""
@@ -55,7 +54,9 @@ class RayRuntime:
                 raise UsageError(
                     "--device cuda: the Ray cluster has no GPUs; use --device cpu, or give --workers if it scales up"
                 )
-            self.uses_gpus = gpus > 0 or self._options.device == "cuda"
+            has_gpu = gpus > 0 or self._options.device == "cuda"
+            cpus = self._options.cpus_per_worker or (_cpus_beside_gpu() if has_gpu else 1)
+            self.shape = WorkerShape(cpus, has_gpu)
         except BaseException:
             self.__exit__()
             raise
@@ -68,7 +69,7 @@ class RayRuntime:
 
     def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`."""
-        device = self._options.device if self.uses_gpus else "cpu"
+        device = self._options.device if self.shape.has_gpu else "cpu"
         pool = Pool(replace(config, device=device), self._wanted, self._requests(config), self._pieces)
         try:
             yield from pool.run(iter(tasks))
@@ -77,14 +78,14 @@ class RayRuntime:
 
     def _wanted(self) -> int:
         """How many actors are of use: as many as asked for, or as the cluster has room for just now."""
-        room = _resource("GPU") if self.uses_gpus else _resource("CPU") // self._options.cpus_per_worker
+        room = _resource("GPU") if self.shape.has_gpu else _resource("CPU") // self.shape.cpus
         return min(self._pieces, self._options.workers or max(1, room))
 
     def placement(self) -> dict[str, Any]:
         """Ray's options for where a worker runs, and on how much; known once it is entered."""
         options: dict[str, Any] = {
-            "num_gpus": 1 if self.uses_gpus else 0,
-            "num_cpus": 1 if self.uses_gpus else self._options.cpus_per_worker,
+            "num_gpus": 1 if self.shape.has_gpu else 0,
+            "num_cpus": self.shape.cpus,
             "scheduling_strategy": "SPREAD",
         }
         if self._options.workers_per_node is not None:
@@ -97,14 +98,14 @@ class RayRuntime:
 
     def _requests(self, config: WorkerConfig) -> dict[str, Any]:
         """The options of every actor."""
-        memory = _ACTOR_BYTES + self._buffer_bytes
+        memory = (GPU_ACTOR_BYTES if self.shape.has_gpu else ACTOR_BYTES) + config.buffer_bytes
         return {**self.placement(), "memory": memory, "max_restarts": 0, "max_concurrency": config.streams + 1}
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         here = {
-            "num_cpus": max(usable_cpus(), (self._options.workers or 0) * self._options.cpus_per_worker),
+            "num_cpus": max(usable_cpus(), (self._options.workers or 0) * (self._options.cpus_per_worker or 1)),
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
@@ -119,6 +120,13 @@ class RayRuntime:
 def _resource(name: str) -> int:
     """How much of a resource the nodes have that are alive now."""
     return int(ray.cluster_resources().get(name, 0))
+
+
+def _cpus_beside_gpu() -> int:
+    """How many CPUs each GPU's worker can have, on the node that has the fewest of them."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    shares = [of.get("CPU", 0) // of["GPU"] for of in alive if of.get("GPU", 0) >= 1]
+    return max(1, min(MOST_CPUS_BESIDE_GPU, int(min(shares, default=1))))
 
 
 @contextmanager

@@ -1,0 +1,52 @@
+"""Memory that is pinned for a GPU is let go before it is given back, so that what comes to lie there can be pinned."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from rv_distributed.runtime import buffers
+from rv_distributed.runtime.buffers import Buffer, Bytes
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The addresses that are pinned just now. As CUDA, it refuses to pin one twice."""
+    addresses: set[int] = set()
+
+    def pin(array: Bytes) -> int:
+        address = array.ctypes.data
+        assert address not in addresses
+        addresses.add(address)
+        return address
+
+    monkeypatch.setattr(buffers, "_pin", pin)
+    monkeypatch.setattr(buffers, "_unpin", addresses.remove)
+    return addresses
+
+
+def test_a_buffer_that_grows_lets_its_old_memory_go(pinned: set[int]) -> None:
+    buffer = Buffer(1 << 20, pinned=True)
+    for nbytes in (1 << 20, 3 << 20, 2 << 20, 5 << 20):
+        buffer.grow(nbytes)
+        assert pinned == {buffer.array.ctypes.data}
+
+
+def test_a_buffer_that_is_dropped_lets_its_memory_go(pinned: set[int]) -> None:
+    for _ in range(20):
+        buffer = Buffer(1 << 20, pinned=True)
+        array = buffer.array
+        assert pinned == {array.ctypes.data}
+        del buffer
+        gc.collect()
+        assert not pinned
+        array[:] = 1  # the memory itself is there as long as anyone looks at it
+        del array
+
+
+@pytest.mark.gpu
+def test_cuda_pins_the_memory_of_one_buffer_after_another() -> None:
+    for _ in range(20):
+        Buffer(1 << 20, pinned=True).grow(3 << 20)
+        gc.collect()
