@@ -13,6 +13,7 @@ from triples import ok
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
+from rv_distributed.kernels.combine import Combiner
 
 #: A Ray that believes in two GPUs, on a machine whose torch sees none: every actor is placed on one of them.
 FAKE_GPUS = """
@@ -62,6 +63,23 @@ def test_cuda_is_refused_before_anything_is_written_where_torch_has_none(models:
     assert "use --device cpu" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_without_memory_ends_the_run_with_the_remedy(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor stands in for it: its float64 goes through the same blocks."""
+
+    def full(*_args: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Combiner, "combine", full)
+    with pytest.raises(rv.RunError, match="too little memory left: a smaller --memory-budget"):
+        rv.transfer(
+            *places(models, tmp_path / "out"),
+            plan_options=rv.PlanOptions(compute_dtype="float64"),
+            run_options=rv.RunOptions(runtime="local"),
+        )
 
 
 @pytest.mark.gpu

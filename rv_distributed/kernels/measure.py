@@ -18,8 +18,9 @@ from rv_distributed.recipe import Stats
 
 #: Temporaries are made for this many elements at a time on a processor, to keep them few and in the caches.
 _SLICE: Final = 1 << 16
-_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_MOST_STEPS: Final = torch.iinfo(torch.int64).max
+#: By the bytes of an element: the integers that it is read as, and those that hold the difference of two of them; of
+#: 64 bits only mostly.
+_BITS: Final = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64), 8: (torch.int64, torch.int64)}
 
 
 class Measured(NamedTuple):
@@ -122,7 +123,7 @@ def _counts(
     steps = torch.where(finite & torch.isfinite(t), steps, 0)
     absorbed = torch.count_nonzero(same & nonzero)
     counts = [torch.count_nonzero(nonzero), torch.count_nonzero(same), absorbed if alpha else absorbed.zero_()]
-    counts.append(steps.max())
+    counts.append(steps.max().long())
     if stats == "full":
         counts += [torch.count_nonzero(steps >= least) for least in ULPS_FROM]
     return counts
@@ -146,10 +147,11 @@ def _steps(one: Tensor, other: Tensor) -> Tensor:
     apart = here - there
     # Numbers of 64 bits and of other signs may be too far apart to be counted.
     wrapped = ((here ^ there) & (here ^ apart)) < 0
-    return apart.abs().masked_fill_(wrapped, _MOST_STEPS)
+    return apart.abs().masked_fill_(wrapped, torch.iinfo(apart.dtype).max)
 
 
 def _places(values: Tensor) -> Tensor:
     """The place of every number in the sequence of all numbers of its dtype; those of both zeros are 0."""
-    bits = values.contiguous().view(_BITS[values.element_size()]).long()
-    return torch.where(bits < 0, torch.iinfo(_BITS[values.element_size()]).min - bits, bits)
+    narrow, wide = _BITS[values.element_size()]
+    bits = values.contiguous().view(narrow).to(wide)
+    return torch.where(bits < 0, torch.iinfo(narrow).min - bits, bits)

@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from rv_distributed.errors import RunError
 from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
 from rv_distributed.measures import Measures
 from rv_distributed.plan import Source, Span
@@ -36,14 +37,15 @@ class TorchBlock:
         torch.set_num_threads(1)
         self._device = torch.device(device)
         self._order = config.arithmetic.order
-        self._combiner = Combiner(
-            block_elements=block_bytes // min(dtype.itemsize for dtype in TORCH_DTYPES.values()),
-            outputs=len(config.outputs),
-            device=self._device,
-            weighted=config.weighted,
-            stats=config.stats,
-            arithmetic=config.arithmetic,
-        )
+        with _enough_memory(device):
+            self._combiner = Combiner(
+                block_elements=block_bytes // min(dtype.itemsize for dtype in TORCH_DTYPES.values()),
+                outputs=len(config.outputs),
+                device=self._device,
+                weighted=config.weighted,
+                stats=config.stats,
+                arithmetic=config.arithmetic,
+            )
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def __call__(
@@ -68,7 +70,7 @@ class TorchBlock:
         dtype = TORCH_DTYPES[span.dtype]
         stop = at + count * dtype.itemsize
         raws = [torch.from_numpy(out[at:stop]).view(dtype) for out in outs]
-        with self._queue():
+        with _enough_memory(str(self._device)), self._queue():
             results = raws if self._stream is None else [torch.empty_like(raw, device=self._device) for raw in raws]
             target, *others = [
                 load(found.at, source) if source is not None else None
@@ -94,3 +96,12 @@ class TorchBlock:
             return
         with _QUEUEING, torch.cuda.stream(self._stream):
             yield
+
+
+@contextlib.contextmanager
+def _enough_memory(device: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "a smaller --memory-budget makes fewer and smaller blocks"
+        raise RunError(f"{device}: the GPU has too little memory left: {remedy}") from error
