@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from fp8_reference import fp8_config, random_fp8, write_fp8
 from reference import TIMED, weights, write_checkpoint
@@ -151,6 +152,38 @@ def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) 
     run(models, tmp_path / "whole", runtime="local")
     for shard in job.plan.shards:
         assert (tmp_path / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_small_pieces_go_several_to_a_call_and_are_made_again_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, count = np.random.default_rng(3), 60
+    for role in ("target", "donor", "reference"):
+        tensors = {f"layers.{number}.weight": weights(rng, "BF16", (32_000,)) for number in range(count)}
+        write_checkpoint(tmp_path / role, tensors)
+    target, donor, reference = (str(tmp_path / role) for role in ("target", "donor", "reference"))
+    plan, local = PlanOptions(max_shard_bytes=65_000), rv.RunOptions(runtime="local")
+    rv.transfer(target, donor, reference, str(tmp_path / "local"), plan_options=plan, run_options=local)
+    largest = max(path.stat().st_size for path in (tmp_path / "local").glob("*.safetensors"))
+    calls: list[tuple[int, int]] = []
+
+    def run(self: pool.Pool, tasks: Iterator[PieceTask]) -> Iterator[PieceResult]:
+        for result in made(self, tasks):
+            if not calls:
+                kill_worker(result)
+                calls.extend((len(call.tasks), call.attempt) for call in self._calls.values() if call.tasks)
+            yield result
+
+    made = pool.Pool.run
+    monkeypatch.setattr(pool.Pool, "run", run)
+    on_ray = rv.RunOptions(runtime="ray", workers=1)
+    manifest = rv.transfer(target, donor, reference, str(tmp_path / "ray"), plan_options=plan, run_options=on_ray)
+    assert manifest.timings.pieces == count
+    assert {tasks for tasks, _ in calls} == {(1 << 20) // largest}
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    attempts = pq.read_table(tmp_path / "ray" / "rv_pieces.parquet").column("attempt").to_pylist()
+    assert {1, 2} == set(attempts)
 
 
 @pytest.mark.usefixtures("cluster")

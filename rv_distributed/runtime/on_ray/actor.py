@@ -57,9 +57,15 @@ class Actor:
         self._metrics = WorkerMetrics(self._job)
         return Ready(self._worker.name, self._node)
 
-    def run(self, pickled: bytes, attempt: int) -> PieceResult | RvError:
-        """Make a piece. Its `PieceTask` comes pickled: Ray's own pickler takes five times as long."""
-        task: PieceTask = pickle.loads(pickled)  # noqa: S301 - from our driver, as Ray itself would unpickle it
+    def run(self, pickled: bytes, attempt: int) -> list[PieceResult] | RvError:
+        """Make some pieces. Their tasks come pickled: Ray's own pickler takes five times as long."""
+        tasks: tuple[PieceTask, ...] = pickle.loads(pickled)  # noqa: S301 - from our driver, as Ray would unpickle it
+        try:
+            return [self._make(task, attempt) for task in tasks]
+        except RvError as error:
+            return error
+
+    def _make(self, task: PieceTask, attempt: int) -> PieceResult:
         began = time.monotonic()
         about = {"job": self._job, "node": self._node, "worker": self._worker.name}
         about |= {"shard": task.shard_name, "piece": task.piece.number, "attempt": attempt}
@@ -67,7 +73,7 @@ class Actor:
             result = self._worker.run(task)
         except RvError as error:
             _LOG.error("piece failed", extra={"fields": {**about, "error": str(error)}})
-            return error
+            raise
         seconds = round(time.monotonic() - began, 3)
         _LOG.info("piece done", extra={"fields": {**about, "bytes": result.bytes_written, "seconds": seconds}})
         self._metrics.add(result)

@@ -50,9 +50,9 @@ class DriverMetrics:
         for metric in (self._retried, self._progress):
             metric.set_default_tags({"job": job})
 
-    def retry(self) -> None:
-        """Count a piece whose worker was lost."""
-        self._retried.inc()
+    def retry(self, pieces: int) -> None:
+        """Count pieces whose worker was lost."""
+        self._retried.inc(pieces)
 
     def progress(self, ratio: float) -> None:
         """Show how far the run is, from 0 to 1."""

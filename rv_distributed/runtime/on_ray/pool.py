@@ -36,14 +36,16 @@ _START_S: Final = 900.0
 _LOOK_S: Final = 5.0
 #: Longest call of ray.wait: what a signal handler raises comes out only at its end.
 _WAIT_S: Final = 1.0
+#: Pieces smaller than this together go in one call, which takes far longer than they do.
+_CALL_BYTES: Final = 1 << 20
 _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _Call(NamedTuple):
-    """What a running call is for; ``task`` is None for an actor's start."""
+    """What a running call is for; an actor's start has no tasks."""
 
     worker: _Worker
-    task: PieceTask | None
+    tasks: tuple[PieceTask, ...]
     attempt: int
     due: float
     """When the actor counts as hanging, by the monotonic clock."""
@@ -57,7 +59,7 @@ class _Worker:
     ready: Ready | None = None
     """None until it is up."""
     calls: int = 0
-    """Pieces that it makes, or will make next."""
+    """Calls that it works at, or will next."""
     done: int = 0
     draining: bool = False
 
@@ -80,7 +82,7 @@ class Pool:
         self._workers: set[_Worker] = set()
         """All that were asked for and not lost."""
         self._up: list[_Worker] = []
-        self._requeued: deque[tuple[PieceTask, int]] = deque()
+        self._requeued: deque[tuple[tuple[PieceTask, ...], int]] = deque()
         self._done = 0
         self._deaths = 0
         """Since a piece was finished."""
@@ -94,9 +96,10 @@ class Pool:
         Raises WorkerError when no workers are left to make them, and what a worker fails with.
         """
         self._grow()
+        groups = _grouped(tasks)
         while True:
-            everything_is_out = self._fill(tasks)
-            if everything_is_out and not any(call.task is not None for call in self._calls.values()):
+            everything_is_out = self._fill(groups)
+            if everything_is_out and not any(call.tasks for call in self._calls.values()):
                 return
             if not self._calls:
                 raise WorkerError("no worker is left, and those that were asked for died at once")
@@ -107,22 +110,23 @@ class Pool:
                 if ref not in self._calls:
                     continue  # given up in between
                 call = self._calls.pop(ref)
-                call.worker.calls -= call.task is not None
+                call.worker.calls -= len(call.tasks) > 0
                 try:
-                    result = ray.get(ref)
+                    found = ray.get(ref)
                 except RayTaskError as error:
                     raise RunError(f"a worker failed: {error.cause!r}") from error
                 except RayError as error:
                     self._lose(call, brief(error))
                     continue
-                if isinstance(result, RvError):
-                    raise result
-                if call.task is None:
-                    self._welcome(call.worker, result)
-                else:
-                    self._deaths = 0
-                    self._done += 1
-                    call.worker.done += 1
+                if isinstance(found, RvError):
+                    raise found
+                if not call.tasks:
+                    self._welcome(call.worker, found)
+                    continue
+                self._deaths = 0
+                self._done += len(found)
+                call.worker.done += len(found)
+                for result in found:
                     yield result._replace(attempt=call.attempt)
 
     def kill(self) -> None:
@@ -141,26 +145,26 @@ class Pool:
     def _add_actor(self) -> None:
         worker = _Worker(ray.remote(Actor).options(**self._options).remote())
         self._workers.add(worker)
-        self._calls[worker.actor.start.remote(self._config)] = _Call(worker, None, 0, time.monotonic() + _START_S)
+        self._calls[worker.actor.start.remote(self._config)] = _Call(worker, (), 0, time.monotonic() + _START_S)
 
     def _welcome(self, worker: _Worker, ready: Ready) -> None:
         worker.ready = ready
         self._up.append(worker)
         _LOG.info("worker %s is up", worker.name, extra={"fields": {"worker": worker.name, "node": ready.node}})
 
-    def _fill(self, tasks: Iterator[PieceTask]) -> bool:
+    def _fill(self, groups: Iterator[tuple[PieceTask, ...]]) -> bool:
         """Give every ready actor as many calls as it has streams, and one to wait for its turn; whether no task is
         left to be given to anyone."""
         for depth in range(self._config.streams + 1):
             for worker in self._up:
                 if worker.calls > depth or worker.draining:
                     continue
-                task, attempt = self._requeued.popleft() if self._requeued else (next(tasks, None), 1)
-                if task is None:
+                tasks, attempt = self._requeued.popleft() if self._requeued else (next(groups, ()), 1)
+                if not tasks:
                     return True
-                # Twice its patience: it may have to wait for one piece that the actor makes before it.
-                due = time.monotonic() + 2 * patience_s(task, len(self._config.outputs))
-                self._calls[worker.actor.run.remote(pickle.dumps(task), attempt)] = _Call(worker, task, attempt, due)
+                # Twice their patience: they may have to wait for another call, which the actor works at before.
+                due = time.monotonic() + 2 * max(patience_s(task, len(self._config.outputs)) for task in tasks)
+                self._calls[worker.actor.run.remote(pickle.dumps(tasks), attempt)] = _Call(worker, tasks, attempt, due)
                 worker.calls += 1
         return False
 
@@ -172,7 +176,7 @@ class Pool:
                 f"no worker came up in {_START_S:.0f} s: no node of the cluster has {self._options['num_cpus']} CPU, "
                 f"{self._options['num_gpus']} GPU and {self._options['memory']} bytes of memory to spare"
             )
-        hanging = {call.worker for call in self._calls.values() if call.due <= now and call.task is not None}
+        hanging = {call.worker for call in self._calls.values() if call.due <= now and call.tasks}
         for ref, call in list(self._calls.items()):
             if call.worker in hanging:
                 del self._calls[ref]
@@ -200,8 +204,8 @@ class Pool:
         ray.kill(worker.actor)
 
     def _lose(self, call: _Call, cause: str) -> None:
-        """Take an actor out of the pool, requeue its piece, and ask for another in its place."""
-        worker, task = call.worker, call.task
+        """Take an actor out of the pool, requeue its pieces, and ask for another in its place."""
+        worker, tasks = call.worker, call.tasks
         if worker in self._workers:
             self._remove(worker)
             _LOG.warning(
@@ -211,12 +215,14 @@ class Pool:
                 extra={"fields": {"worker": worker.name, "cause": cause}},
             )
             self._replace_or_give_up(worker, cause)
-        if task is not None:
+        if tasks:
             if call.attempt >= MAX_ATTEMPTS:
-                where = f"{task.shard_name}, bytes {task.piece.start} to {task.piece.stop}"
-                raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making it; the last one: {cause}")
-            self._metrics.retry()
-            self._requeued.append((task, call.attempt + 1))
+                first, *others = tasks
+                where = f"{first.shard_name}, bytes {first.piece.start} to {first.piece.stop}"
+                what = f"it and the {len(others)} pieces after it" if others else "it"
+                raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making {what}; the last one: {cause}")
+            self._metrics.retry(len(tasks))
+            self._requeued.append((tasks, call.attempt + 1))
 
     def _replace_or_give_up(self, lost: _Worker, cause: str) -> None:
         """Workers that die at once, one after the other, are not replaced for ever; nor is any when none gets on."""
@@ -225,6 +231,20 @@ class Pool:
         if self._deaths >= self._most_deaths or (self._stillborn >= self._most_deaths and not self._workers):
             raise WorkerError(f"workers keep dying; the last one: {cause}")
         self._grow()
+
+
+def _grouped(tasks: Iterator[PieceTask]) -> Iterator[tuple[PieceTask, ...]]:
+    """The tasks, in order, as they go in one call each: one by one, or several that are small together."""
+    group: list[PieceTask] = []
+    nbytes = 0
+    for task in tasks:
+        nbytes += task.piece.stop - task.piece.start
+        if group and nbytes > _CALL_BYTES:
+            yield tuple(group)
+            group, nbytes = [], task.piece.stop - task.piece.start
+        group.append(task)
+    if group:
+        yield tuple(group)
 
 
 def _draining_nodes() -> set[str]:
