@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from datetime import datetime, timezone
+from typing import Final
 
 from rv_distributed.errors import redacted
+
+#: The logger that says when machine code is made, while nothing else gets on.
+COMPILING: Final = "rv_distributed.compiling"
 
 
 class JsonLines(logging.Formatter):

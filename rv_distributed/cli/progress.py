@@ -12,7 +12,7 @@ from rv_distributed.cli.options import LogFormat
 from rv_distributed.cli.terminal import warn
 from rv_distributed.errors import one_line
 from rv_distributed.job import Job
-from rv_distributed.logs import JsonLines
+from rv_distributed.logs import COMPILING, JsonLines
 from rv_distributed.units import show_bytes, show_seconds
 from rv_distributed.watching import Progress, Share
 
@@ -50,13 +50,15 @@ def progress_display(job: Job, log_format: LogFormat, *, shown: bool) -> Iterato
 
 @contextmanager
 def _events(log_format: LogFormat, *, shown: bool) -> Iterator[None]:
-    """Show what the library logs on stderr: as text only what is amiss."""
+    """Show what the library logs on stderr: as text only what is amiss, and why nothing happens at first."""
     logger = logging.getLogger("rv_distributed")
     handler = _Handler()
     if log_format == "json":
         handler.setFormatter(JsonLines())
+    else:
+        handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name == COMPILING)
     level = logger.level
-    logger.setLevel(logging.CRITICAL if not shown else logging.INFO if log_format == "json" else logging.WARNING)
+    logger.setLevel(logging.INFO if shown else logging.CRITICAL)
     logger.addHandler(handler)
     try:
         yield
@@ -68,7 +70,10 @@ def _events(log_format: LogFormat, *, shown: bool) -> Iterator[None]:
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
-        warn(text if self.formatter is not None else f"{record.levelname.lower()}: {one_line(text)}")
+        if self.formatter is None:
+            text = one_line(text)
+            text = f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+        warn(text)
 
 
 @contextmanager

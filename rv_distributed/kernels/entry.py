@@ -7,6 +7,7 @@ LLVM links the code into the process, and it is called as a C function is, witho
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import tempfile
@@ -23,6 +24,8 @@ import llvmlite.binding as llvm
 import numpy as np
 from blake3 import blake3
 
+from rv_distributed.logs import COMPILING
+
 #: What an argument is: the dtype of an array and its dimensions, or the dtype of a number and 0.
 Kind = tuple[str, int]
 
@@ -30,6 +33,7 @@ _SOURCES: Final = Path(__file__).parent
 _C_TYPES: Final[dict[str, Any]] = {"<i8": ctypes.c_int64, "<f4": ctypes.c_float, "<f8": ctypes.c_double}
 _DIGEST_BYTES: Final = 32
 _MAKING: Final = threading.Lock()
+_LOG = logging.getLogger(COMPILING)
 
 
 class Entry:
@@ -60,6 +64,7 @@ class Entry:
     def _compile(self, kinds: tuple[Kind, ...], keep_as: str) -> bytes:
         from rv_distributed.kernels.jit.build import build
 
+        _LOG.info("compiling %s for this processor, which takes some seconds, once", self._name)
         code = build(self._module, self._name, kinds, _machine())
         _keep(keep_as, code)
         return code

@@ -1,23 +1,24 @@
-"""Progress lines: how often, and what speed they tell."""
+"""What of the library's log is shown beside progress, as text: what is amiss, and why nothing happens at first."""
 
 from __future__ import annotations
 
+import logging
+from typing import Any, cast
+
 import pytest
 
-from rv_distributed.cli import progress as module
-from rv_distributed.watching import Progress
+from rv_distributed.cli.progress import progress_display
+from rv_distributed.logs import COMPILING
 
 
-def at(written: int) -> Progress:
-    return Progress(1, 10, 0, written, 1000, 0.0, {})
-
-
-def test_the_speed_is_that_since_the_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    lines: list[tuple[int, float]] = []
-    show = module._every_few_seconds(lambda progress, speed: lines.append((progress.bytes_written, speed)))
-    for now, written in ((130.0, 100), (132.0, 300), (133.0, 400), (138.0, 900)):
-        clock[0] = now
-        show(at(written))
-    assert lines == [(300, 100.0), (900, 100.0)]
+@pytest.mark.parametrize(
+    ("shown", "wanted"), [(True, "compiling f, once\nwarning: lost worker w\n"), (False, "")], ids=["shown", "quiet"]
+)
+def test_compiling_is_shown_and_of_the_rest_what_is_amiss(
+    capsys: pytest.CaptureFixture[str], shown: bool, wanted: str
+) -> None:
+    with progress_display(cast(Any, None), "text", shown=shown):
+        logging.getLogger(COMPILING).info("compiling %s, once", "f")
+        logging.getLogger("rv_distributed.runtime").info("worker w is up")
+        logging.getLogger("rv_distributed.runtime").warning("lost worker %s", "w")
+    assert capsys.readouterr().err == wanted

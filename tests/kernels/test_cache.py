@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 COMPUTE = """
+import logging
 import sys
 
 import numpy as np
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.recipe import Arithmetic, Weights
 
+logging.basicConfig(level=logging.INFO)
 values = np.arange(16, dtype=np.float32)
 out = np.zeros((1, 32), np.uint8)
 combiner = CompiledCombiner(outputs=1, weighted=False, stats="full", arithmetic=Arithmetic("float32", "nearest", 0))
@@ -48,6 +50,7 @@ def compute(cache: Path, *, compiles: bool = True, file_bytes: int | None = None
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, f"{MADE} {compiles}\n"), done.stderr
+    assert ("compiling combine_blocks for this processor" in done.stderr) == compiles
 
 
 @pytest.fixture(scope="module")
