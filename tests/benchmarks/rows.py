@@ -23,7 +23,7 @@ from wire import measure_wire
 from rv_distributed.job import prepare
 from rv_distributed.plan import PlanOptions
 from rv_distributed.recipe import Recipe, Vector
-from rv_distributed.runtime.select import RunOptions
+from rv_distributed.runtime.select import RunOptions, may_have_gpus
 
 _MB = 1e6
 _LOCAL = ("--runtime", "local")
@@ -55,6 +55,10 @@ def rows_of(bench: Bench) -> Iterator[Row]:
     full, none, chance = (("--stats", "full"), ("--stats", "none"), ("--rounding", "stochastic", "--alpha", "0.7"))
     yield Row("statistics", model, partial(_cost, bench, "statistics", full, none, Goal("≤", 1.25, "×")))
     yield Row("stochastic", model, partial(_cost, bench, "stochastic", chance, ("--alpha", "0.7"), None))
+    if may_have_gpus():
+        for name, dtype in (("gpu", "float32"), ("gpu-float64", "float64")):
+            gpu, cpu = (("--compute-dtype", dtype, "--device", device) for device in ("cuda", "cpu"))
+            yield Row(name, model, partial(_cost, bench, name, gpu, cpu, None))
     yield Row("alphas", model, partial(_alphas, bench))
     if size.name != "toy":
         many = partial(_against_mergekit, bench, "transfer-7b", size.layers, _LOCAL, 10)
