@@ -33,9 +33,10 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from rv_distributed.evaluation import Ask, Evaluation, EvaluationOptions, Means, prepare_evaluation
-    from rv_distributed.job import Job, prepare
+    from rv_distributed.job import Job
     from rv_distributed.opening import open_checkpoint
     from rv_distributed.plan import PlanOptions
+    from rv_distributed.preparing import prepare
     from rv_distributed.pushing import Pushed
     from rv_distributed.recipe import ByTensor, Choice, Recipe, Vector
     from rv_distributed.recipe_files.loaded import LoadedRecipe
@@ -137,7 +138,7 @@ _HOMES = {
     "extract": "rv_distributed.api",
     "open_checkpoint": "rv_distributed.opening",
     "load_recipe": "rv_distributed.recipe_files.reading",
-    "prepare": "rv_distributed.job",
+    "prepare": "rv_distributed.preparing",
     "prepare_evaluation": "rv_distributed.evaluation",
     "push": "rv_distributed.api",
     "read_key_mapping": "rv_distributed.small_files",

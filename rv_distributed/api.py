@@ -1,6 +1,6 @@
 """The library's functions. Each opens its inputs, plans, runs and commits; the command line calls the same.
 
-`rv_distributed.job.prepare` stops before the run, with everything checked and planned.
+`rv_distributed.preparing.prepare` stops before the run, with everything checked and planned.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import UsageError
-from rv_distributed.job import prepare
 from rv_distributed.plan import PlanOptions
+from rv_distributed.preparing import prepare
 from rv_distributed.pushing import Pushed, hub_target, push_folder
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.runtime.select import RunOptions

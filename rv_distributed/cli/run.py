@@ -18,9 +18,10 @@ from rv_distributed.cli.options import Running
 from rv_distributed.cli.progress import progress_display
 from rv_distributed.cli.terminal import hide_upload_bars, say, warn
 from rv_distributed.errors import one_line
-from rv_distributed.job import Job, prepare
+from rv_distributed.job import Job
 from rv_distributed.outcome import oddities, show_measures
 from rv_distributed.plan import PlanOptions
+from rv_distributed.preparing import prepare
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import formula
 from rv_distributed.storage.places import Room

@@ -28,9 +28,10 @@ from rv_distributed.evaluation.records import FOLDER, read_record, write_record
 from rv_distributed.evaluation.results import ITEMS_FILE, RESULTS_FILE, Evaluation, write_results
 from rv_distributed.evaluation.statistics import estimate
 from rv_distributed.identity import identity_digest, identity_of
-from rv_distributed.job import Job, prepare
+from rv_distributed.job import Job
 from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import PlanOptions
+from rv_distributed.preparing import prepare
 from rv_distributed.recipe import Operation, Recipe, Vector, as_float32, show_alpha
 from rv_distributed.runtime.select import RunOptions, choose_runtime
 from rv_distributed.runtime.worker import choose_device

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from rv_distributed.errors import UsageError
+from rv_distributed.runtime.model import WorkerShape
 
 RuntimeName = Literal["auto", "local", "ray"]
 ChosenRuntime = Literal["local", "ray"]
@@ -74,6 +75,14 @@ def choose_runtime(options: RunOptions) -> ChosenRuntime:
     if hinted or (options.device != "cpu" and visible_gpus() > 1):
         return "ray"
     return "local"
+
+
+def expected_shape(options: RunOptions, runtime: ChosenRuntime) -> WorkerShape:
+    """What a worker has, as far as can be said before there is one."""
+    has_gpu = options.device == "cuda"
+    if runtime == "local":
+        return WorkerShape(usable_cpus(), has_gpu or (options.device == "auto" and may_have_gpus()))
+    return WorkerShape(options.cpus_per_worker or (MOST_CPUS_BESIDE_GPU if has_gpu else 1), has_gpu)
 
 
 def visible_gpus() -> int:

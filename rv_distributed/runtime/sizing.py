@@ -10,7 +10,8 @@ from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import UsageError
 from rv_distributed.plan import Plan, Segment, TensorPlan
 from rv_distributed.plan.model import is_wide
-from rv_distributed.runtime.model import BLOCK_BYTES
+from rv_distributed.runtime.model import BLOCK_BYTES, WorkerShape
+from rv_distributed.runtime.select import ChosenRuntime, RunOptions
 from rv_distributed.storage.objects import WRITER_BYTES
 
 #: Large enough for full storage speed, small enough that many streams fit a small budget.
@@ -19,6 +20,10 @@ CHUNK_BYTES = 4 << 20
 REMOTE_CHUNK_BYTES = 16 << 20
 #: The same for a GPU, which takes as long to be told what to do with a small one.
 GPU_CHUNK_BYTES = 16 << 20
+#: While some wait for the storage, there are enough others for the processors.
+_STREAMS_OF_CPU: Final = 3
+#: Of one process: its interpreter serves no more.
+_MOST_STREAMS: Final = 24
 _LEAST_REMOTE_CHUNK_BYTES: Final = 8 << 20
 #: Chunks whose sources a stream then has in memory: the one that it computes, and the next.
 _REMOTE_ARENAS: Final = 2
@@ -47,6 +52,22 @@ class Sizing(NamedTuple):
     """See `WorkerConfig`."""
     buffer_bytes: int
     """What all streams' buffers take together."""
+
+
+def size_worker(
+    plan: Plan, options: RunOptions, runtime: ChosenRuntime, shape: WorkerShape, *, remote_outputs: int
+) -> Sizing:
+    """The buffers of a worker of some shape; the rest as of `size_buffers`."""
+    streams = min(_MOST_STREAMS, _STREAMS_OF_CPU * shape.cpus)
+    if runtime == "local" and options.workers is not None:
+        streams = options.workers
+    return size_buffers(
+        plan,
+        streams=streams,
+        budget_bytes=DEFAULT_BUDGET_BYTES if options.memory_budget_bytes is None else options.memory_budget_bytes,
+        remote_outputs=remote_outputs,
+        has_gpu=shape.has_gpu,
+    )
 
 
 def size_buffers(

@@ -20,8 +20,8 @@ from measure import CacheState, median, ratios
 from suite import Bench, Figure, Goal
 from wire import measure_wire
 
-from rv_distributed.job import prepare
 from rv_distributed.plan import PlanOptions
+from rv_distributed.preparing import prepare
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.runtime.select import RunOptions, may_have_gpus
 

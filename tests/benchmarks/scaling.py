@@ -28,9 +28,9 @@ from rv_distributed import api
 from rv_distributed.checkpoint.index import build_index
 from rv_distributed.checkpoint.table import write_table
 from rv_distributed.identity import identity_of
-from rv_distributed.job import prepare
 from rv_distributed.measures import Measures
 from rv_distributed.plan import PIECE_ALIGNMENT, Plan, PlanOptions, task_of
+from rv_distributed.preparing import prepare
 from rv_distributed.recipe import Recipe, Vector
 from rv_distributed.reduce import Reducer
 from rv_distributed.runtime.model import SpanResult

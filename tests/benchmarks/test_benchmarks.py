@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rv_distributed.runtime.select import may_have_gpus
+
 SUITE = Path(__file__).parent
 #: Rows whose commands of ours leave outputs; `plan`, `large` and `help` write none, and `scaling` stops before it has.
 WRITING = {
@@ -23,6 +25,7 @@ WRITING = {
     "memory-one-tensor-8388608",
     "scheduling",
     "wire",
+    *(("gpu", "gpu-float64") if may_have_gpus() else ()),
 }
 
 
@@ -41,3 +44,12 @@ def test_a_toy_suite_measures_every_row_and_its_outputs_verify(tmp_path: Path) -
     assert results["verified"].count("alphas") == 4
     assert ended.stdout == (tmp_path / "results.md").read_text()
     assert ended.stdout.count("\n") == 2 + len(results["figures"])
+
+
+def test_the_speed_of_chunks_is_printed() -> None:
+    command = [sys.executable, str(SUITE / "chunks.py"), "--elements", "300000", "--repeats", "2"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("cpu, ")]
+    assert len(lines) == 6
+    assert all(float(line.rpartition(": ")[2].removesuffix(" GB/s")) > 0 for line in lines)

@@ -246,6 +246,8 @@ def test_the_published_schema_is_that_of_the_fields() -> None:
 
 def test_writing_a_recipe_imports_no_pydantic() -> None:
     """Every run writes one, and would wait a tenth of a second for what reads them."""
-    script = "import sys, rv_distributed.job, rv_distributed.recipe_files.writing; print('pydantic' in sys.modules)"
+    script = (
+        "import sys, rv_distributed.preparing, rv_distributed.recipe_files.writing; print('pydantic' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False\n"
