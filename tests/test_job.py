@@ -12,6 +12,7 @@ import pytest
 from reference import Raw, combined, extracted, read_checkpoint, weights, write_checkpoint
 
 import rv_distributed as rv
+from rv_distributed.runtime.model import WorkerShape
 from rv_distributed.watching import ProgressCallback
 
 LOCAL = rv.RunOptions(runtime="local", workers=1)
@@ -154,3 +155,12 @@ def test_the_formula_is_written_as_people_write_it(inputs: Inputs, tmp_path: Pat
     manifest = inputs.transfer(tmp_path / "out", alpha, LOCAL)
     assert manifest.formula == formula
     assert formula in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_has_the_buffers_that_fit_its_workers_not_those_that_were_expected(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    job = rv.prepare(inputs.recipe(0.5), [str(tmp_path / "out")], rv.PlanOptions(), rv.RunOptions(runtime="ray"))
+    expected, found = job._worker_config([], WorkerShape(1, False)), job._worker_config([], WorkerShape(4, True))
+    assert (expected.streams, expected.cpus, expected.buffer_bytes) == (3, 1, job.sizing.buffer_bytes)
+    assert (found.streams, found.cpus, found.buffer_bytes) == (12, 4, 4 * job.sizing.buffer_bytes)

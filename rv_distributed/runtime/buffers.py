@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rv_distributed.checkpoint.sources import ByteRange
+from rv_distributed.errors import RunError
 from rv_distributed.storage import Reader
 from rv_distributed.storage.ranges import ALIGNMENT
 
@@ -56,7 +57,13 @@ def _pin(array: Bytes) -> int:
     import torch
 
     address = array.ctypes.data
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, 0))
+    try:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, 0))
+    except RuntimeError as error:
+        raise RunError(
+            f"{array.nbytes} bytes of memory cannot be pinned for the GPU ({error}): give a smaller --memory-budget, "
+            "or --device cpu"
+        ) from error
     return address
 
 

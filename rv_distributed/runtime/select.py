@@ -18,7 +18,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 #: Of NVIDIA's drivers for servers, for boards with a GPU of their own and for Windows' Linux, and of AMD's.
 _GPU_DEVICES: Final = ("nvidia[0-9]*", "nvgpu", "nvhost-gpu", "dxg", "kfd")
 
-#: A GPU's worker feeds it, hashes and writes on these.
+#: On these a GPU's worker feeds it, hashes and writes.
 MOST_CPUS_BESIDE_GPU: Final = 4
 
 
@@ -34,8 +34,9 @@ class RunOptions:
     """Threads of the local runtime, or actors under Ray; None for what the machine has, or the cluster at any time.
     A cluster that scales up from few nodes is asked for as many as this says."""
     cpus_per_worker: int | None = None
-    """CPUs that an actor is given under Ray. It computes on as many at once. None for one, or beside a GPU for its
-    share of the node's, but four at most: reading, digests and writing are still done on them."""
+    """CPUs that an actor is given under Ray, and computes on at once. None for one. Beside a GPU it is given one in any
+    case, and computes on this many, by default its share of the node's, four at most: reading, digests and writing are
+    still done on them."""
     workers_per_node: int | None = None
     """Most actors on one node of a Ray cluster; None for no limit but its resources."""
     node_labels: Mapping[str, str] = field(default_factory=dict)

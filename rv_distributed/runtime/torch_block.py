@@ -27,17 +27,28 @@ from rv_distributed.runtime.model import WorkerConfig
 _QUEUEING: Final = threading.Lock()
 
 
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "a smaller --memory-budget makes fewer and smaller blocks"
+        raise RunError(f"the GPU has too little memory left: {remedy}") from error
+
+
 class TorchBlock:
     """As `Block`; computes the first block only."""
 
     copies = False
 
+    @_enough_memory()
     def __init__(self, config: WorkerConfig, device: str, block_bytes: int) -> None:
         # The streams are the parallelism; torch's own threads would only get in their way.
         torch.set_num_threads(1)
         self._device = torch.device(device)
         self._order = config.arithmetic.order
-        with _enough_memory(device):
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        with self._queue():
             self._combiner = Combiner(
                 block_elements=block_bytes // min(dtype.itemsize for dtype in TORCH_DTYPES.values()),
                 outputs=len(config.outputs),
@@ -46,8 +57,8 @@ class TorchBlock:
                 stats=config.stats,
                 arithmetic=config.arithmetic,
             )
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
+    @_enough_memory()
     def __call__(
         self,
         span: Span,
@@ -70,7 +81,7 @@ class TorchBlock:
         dtype = TORCH_DTYPES[span.dtype]
         stop = at + count * dtype.itemsize
         raws = [torch.from_numpy(out[at:stop]).view(dtype) for out in outs]
-        with _enough_memory(str(self._device)), self._queue():
+        with self._queue():
             results = raws if self._stream is None else [torch.empty_like(raw, device=self._device) for raw in raws]
             target, *others = [
                 load(found.at, source) if source is not None else None
@@ -96,12 +107,3 @@ class TorchBlock:
             return
         with _QUEUEING, torch.cuda.stream(self._stream):
             yield
-
-
-@contextlib.contextmanager
-def _enough_memory(device: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        remedy = "a smaller --memory-budget makes fewer and smaller blocks"
-        raise RunError(f"{device}: the GPU has too little memory left: {remedy}") from error

@@ -102,8 +102,9 @@ class _Stream:
             Arena(config.chunk_bytes, pinned=device != "cpu", processor=computing, fetching=fetching)
             for _ in range(config.arenas)
         ]
-        buffer = Buffer(config.chunk_bytes * len(config.outputs), pinned=device != "cpu")
-        self._outs = buffer.array.reshape(len(config.outputs), config.chunk_bytes)
+        # Kept, since memory is pinned as long as its buffer is there.
+        self._buffer = Buffer(config.chunk_bytes * len(config.outputs), pinned=device != "cpu")
+        self._outs = self._buffer.array.reshape(len(config.outputs), config.chunk_bytes)
         self._computer = PartComputer(config, device)
 
     def make(self, task: PieceTask, worker: str) -> PieceResult:

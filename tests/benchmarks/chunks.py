@@ -84,6 +84,7 @@ def _prepared(device: str, level: Stats, elements: int) -> Callable[[], list[lis
         stats=level,
         arithmetic=Arithmetic("float32", "nearest", 0),
     )
+    # Both stay with the function that is returned: memory is pinned as long as its buffer is there.
     arena, out = (Buffer(parts * nbytes, pinned=device != "cpu") for parts in (3, 1))
     rng = np.random.default_rng(0)
     values = rng.normal(0, 0.02, (3, elements)).astype(np.float32)
@@ -94,8 +95,11 @@ def _prepared(device: str, level: Stats, elements: int) -> Callable[[], list[lis
     block: Block = CompiledBlock(config) if device == "cpu" else TorchBlock(config, device, nbytes)
     size = BLOCK_BYTES // 2 if device == "cpu" else elements
     sizes = [min(size, elements - first) for first in range(0, elements, size)]
-    outs = out.array[:nbytes].reshape(1, nbytes)
-    return lambda: block(span, found, [Weights((0.7,))], arena.array, outs, 0, 0, sizes)
+
+    def compute() -> list[list[Measures]]:
+        return block(span, found, [Weights((0.7,))], arena.array, out.array[:nbytes].reshape(1, nbytes), 0, 0, sizes)
+
+    return compute
 
 
 if __name__ == "__main__":

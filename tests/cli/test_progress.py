@@ -1,4 +1,4 @@
-"""What of the library's log is shown beside progress, as text: what is amiss, and why nothing happens at first."""
+"""Progress lines: how often, and what speed they tell; and what of the library's log is shown beside them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,24 @@ from typing import Any, cast
 
 import pytest
 
-from rv_distributed.cli.progress import progress_display
+from rv_distributed.cli import progress as module
 from rv_distributed.logs import COMPILING
+from rv_distributed.watching import Progress
+
+
+def at(written: int) -> Progress:
+    return Progress(1, 10, 0, written, 1000, 0.0, {})
+
+
+def test_the_speed_is_that_since_the_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    lines: list[tuple[int, float]] = []
+    show = module._every_few_seconds(lambda progress, speed: lines.append((progress.bytes_written, speed)))
+    for now, written in ((130.0, 100), (132.0, 300), (133.0, 400), (138.0, 900)):
+        clock[0] = now
+        show(at(written))
+    assert lines == [(300, 100.0), (900, 100.0)]
 
 
 @pytest.mark.parametrize(
@@ -17,7 +33,7 @@ from rv_distributed.logs import COMPILING
 def test_compiling_is_shown_and_of_the_rest_what_is_amiss(
     capsys: pytest.CaptureFixture[str], shown: bool, wanted: str
 ) -> None:
-    with progress_display(cast(Any, None), "text", shown=shown):
+    with module.progress_display(cast(Any, None), "text", shown=shown):
         logging.getLogger(COMPILING).info("compiling %s, once", "f")
         logging.getLogger("rv_distributed.runtime").info("worker w is up")
         logging.getLogger("rv_distributed.runtime").warning("lost worker %s", "w")

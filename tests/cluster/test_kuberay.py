@@ -181,7 +181,7 @@ def test_the_memory_of_a_node_holds_its_workers_and_ray(document: dict[str, Any]
     for group in worker_groups(document):
         found = limits(group["template"]["spec"])
         per_worker = budget + (GPU_ACTOR_BYTES if "nvidia.com/gpu" in found else ACTOR_BYTES)
-        # Without --cpus-per-worker a worker takes one CPU, and with a GPU its share, of four at most.
+        # Without --cpus-per-worker, and with a GPU in any case, a worker takes one CPU.
         workers = int(found.get("nvidia.com/gpu", found["cpu"]))
         store = int(group["rayStartParams"]["object-store-memory"])
         assert int(found["cpu"]) >= workers

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rv_distributed.runtime import buffers
+from rv_distributed.recipe import Arithmetic
+from rv_distributed.runtime import buffers, worker
 from rv_distributed.runtime.buffers import Buffer, Bytes
+from rv_distributed.runtime.model import WorkerConfig
 
 
 @pytest.fixture
@@ -43,6 +47,26 @@ def test_a_buffer_that_is_dropped_lets_its_memory_go(pinned: set[int]) -> None:
         assert not pinned
         array[:] = 1  # the memory itself is there as long as anyone looks at it
         del array
+
+
+def test_a_stream_keeps_all_of_its_buffers_pinned(pinned: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "PartComputer", lambda _config, _device: None)
+    config = WorkerConfig(
+        outputs=("a", "b"),
+        numbers=(0, 1),
+        weighted=False,
+        device="cuda",
+        streams=1,
+        cpus=1,
+        chunk_bytes=1 << 20,
+        arenas=2,
+        buffer_bytes=0,
+        stats="full",
+        arithmetic=Arithmetic("float32", "nearest", 0),
+    )
+    stream = worker._Stream(config, "cuda", threading.Event(), threading.Semaphore(), ThreadPoolExecutor(1))
+    gc.collect()
+    assert pinned == {array.ctypes.data for array in (stream._outs, *(arena.array for arena in stream._arenas))}
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from reference import TIMED, weights, write_checkpoint
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
-from rv_distributed.plan import PIECE_ALIGNMENT, PieceTask, PlanOptions, task_of
+from rv_distributed.plan import PIECE_ALIGNMENT, Piece, PieceTask, PlanOptions, task_of
 from rv_distributed.runtime.model import PieceResult, WorkerConfig
 from rv_distributed.runtime.on_ray import RayRuntime, pool
 from rv_distributed.runtime.on_ray.pool import wait
@@ -152,6 +152,18 @@ def test_pieces_of_a_killed_worker_are_made_again(models: Path, tmp_path: Path) 
     run(models, tmp_path / "whole", runtime="local")
     for shard in job.plan.shards:
         assert (tmp_path / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [([100] * 40, [16, 16, 8]), ([400_000] * 5, [2, 2, 1]), ([3 << 20, 1, 1, 3 << 20], [1, 2, 1]), ([], [])],
+)
+def test_how_many_pieces_go_in_one_call(models: Path, tmp_path: Path, sizes: list[int], groups: list[int]) -> None:
+    (task, *_), _, _ = staged(models, tmp_path)
+    tasks = [task._replace(piece=Piece(number, 0, 7, 7 + size)) for number, size in enumerate(sizes)]
+    found = list(pool._grouped(iter(tasks)))
+    assert [len(group) for group in found] == groups
+    assert [each for group in found for each in group] == tasks
 
 
 @pytest.mark.usefixtures("cluster")

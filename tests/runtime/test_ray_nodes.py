@@ -26,7 +26,8 @@ from reference import TIMED
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
 from rv_distributed.plan import PIECE_ALIGNMENT, PlanOptions
-from rv_distributed.runtime.on_ray import metrics, pool
+from rv_distributed.runtime.model import WorkerShape
+from rv_distributed.runtime.on_ray import RayRuntime, metrics, pool
 
 SMALL = PlanOptions(max_shard_bytes=5_000_000, piece_bytes=PIECE_ALIGNMENT)
 #: Reads of 3 MiB for a piece of 1 MiB: about half a second, by each worker.
@@ -330,6 +331,16 @@ def test_every_gpu_gets_a_worker(world: World, tmp_path: Path, joined: Callable[
     assert contents(tmp_path / "out") == world.expected
     assert 1 <= len(joined()) <= 2
     assert len({found.node for found in joined()}) == 1
+
+
+@pytest.mark.parametrize(("cpus", "chosen", "shape"), [(9, None, 4), (5, None, 2), (1, None, 1), (9, 6, 6)])
+def test_a_worker_on_a_gpu_computes_on_its_share_of_the_cpus_and_asks_for_one(
+    world: World, cpus: int, chosen: int | None, shape: int
+) -> None:
+    asked = RayRuntime(rv.RunOptions(cpus_per_worker=chosen), pieces=9)
+    with world.nodes({"num_cpus": cpus, "num_gpus": 2}, {"num_cpus": 2}), asked as runtime:
+        assert runtime.shape == WorkerShape(shape, has_gpu=True)
+        assert (runtime.placement()["num_cpus"], runtime.placement()["num_gpus"]) == (1, 1)
 
 
 def test_cpus_per_worker_makes_fewer_of_them(world: World, tmp_path: Path, joined: Callable[[], list[Joined]]) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from rv_distributed.errors import UsageError
 from rv_distributed.runtime import select
-from rv_distributed.runtime.select import RunOptions, choose_runtime, usable_cpus, visible_gpus
+from rv_distributed.runtime.model import WorkerShape
+from rv_distributed.runtime.select import RunOptions, choose_runtime, expected_shape, usable_cpus, visible_gpus
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +88,23 @@ def test_there_is_always_a_processor() -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RunOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "options", "gpus", "shape"),
+    [
+        ("local", {}, False, (6, False)),
+        ("local", {}, True, (6, True)),
+        ("local", {"device": "cpu"}, True, (6, False)),
+        ("ray", {}, True, (1, False)),  # the cluster's GPUs are not known yet
+        ("ray", {"device": "cuda"}, False, (4, True)),
+        ("ray", {"cpus_per_worker": 3}, False, (3, False)),
+        ("ray", {"device": "cuda", "cpus_per_worker": 9}, False, (9, True)),
+    ],
+)
+def test_what_a_worker_is_expected_to_have(
+    monkeypatch: pytest.MonkeyPatch, runtime: Any, options: Any, gpus: bool, shape: tuple[int, bool]
+) -> None:
+    monkeypatch.setattr(select, "usable_cpus", lambda: 6)
+    monkeypatch.setattr(select, "may_have_gpus", lambda: gpus)
+    assert expected_shape(RunOptions(**options), runtime) == WorkerShape(*shape)

@@ -10,13 +10,16 @@ from reference import described
 from rv_distributed.errors import UsageError
 from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan
 from rv_distributed.recipe import Recipe, Vector
-from rv_distributed.runtime.model import BLOCK_BYTES
+from rv_distributed.runtime.model import BLOCK_BYTES, WorkerShape
+from rv_distributed.runtime.select import RunOptions
 from rv_distributed.runtime.sizing import (
     CHUNK_BYTES,
     DEFAULT_BUDGET_BYTES,
+    GPU_CHUNK_BYTES,
     REMOTE_CHUNK_BYTES,
     bytes_to_read,
     size_buffers,
+    size_worker,
 )
 from rv_distributed.storage.objects import WRITER_BYTES
 
@@ -156,3 +159,28 @@ def test_buffers_for_stores_stay_within_the_budget(target: str, remote_outputs: 
 def test_bytes_to_read_counts_every_operand_once(donor: str, reference: str, out: str, read_per_element: int) -> None:
     plan = plan_of(1000, donor=donor, reference=reference, options=PlanOptions(dtype=out))
     assert bytes_to_read(plan) == 1000 * read_per_element + 16
+
+
+@pytest.mark.parametrize(
+    ("cpus", "has_gpu", "budget", "streams", "chunk_bytes"),
+    [
+        (1, False, None, 3, CHUNK_BYTES),
+        (16, False, None, 24, CHUNK_BYTES),
+        (4, True, None, 12, GPU_CHUNK_BYTES // 2),  # of 16 MiB, twelve with three operands each do not fit
+        (4, True, 1 << 30, 12, GPU_CHUNK_BYTES),
+        (1, True, None, 3, GPU_CHUNK_BYTES),
+    ],
+)
+def test_a_worker_has_streams_for_its_processors_and_large_chunks_for_a_gpu(
+    cpus: int, has_gpu: bool, budget: int | None, streams: int, chunk_bytes: int
+) -> None:
+    options, shape = RunOptions(memory_budget_bytes=budget), WorkerShape(cpus, has_gpu)
+    sizing = size_worker(plan_of(10**9), options, "ray", shape, remote_outputs=0)
+    assert (sizing.streams, sizing.chunk_bytes) == (streams, chunk_bytes)
+    assert sizing.buffer_bytes <= (budget or DEFAULT_BUDGET_BYTES)
+
+
+def test_locally_workers_says_how_many_streams_there_are() -> None:
+    shape = WorkerShape(16, has_gpu=False)
+    assert size_worker(plan_of(10**9), RunOptions(workers=5), "local", shape, remote_outputs=0).streams == 5
+    assert size_worker(plan_of(10**9), RunOptions(workers=5), "ray", shape, remote_outputs=0).streams == 24

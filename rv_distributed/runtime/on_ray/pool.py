@@ -36,8 +36,10 @@ _START_S: Final = 900.0
 _LOOK_S: Final = 5.0
 #: Longest call of ray.wait: what a signal handler raises comes out only at its end.
 _WAIT_S: Final = 1.0
-#: Pieces smaller than this together go in one call, which takes far longer than they do.
+#: Pieces smaller than this together go in one call, which takes far longer than they do; but not too many, since they
+#: have the patience of one.
 _CALL_BYTES: Final = 1 << 20
+_CALL_PIECES: Final = 16
 _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -239,7 +241,7 @@ def _grouped(tasks: Iterator[PieceTask]) -> Iterator[tuple[PieceTask, ...]]:
     nbytes = 0
     for task in tasks:
         nbytes += task.piece.stop - task.piece.start
-        if group and nbytes > _CALL_BYTES:
+        if group and (nbytes > _CALL_BYTES or len(group) == _CALL_PIECES):
             yield tuple(group)
             group, nbytes = [], task.piece.stop - task.piece.start
         group.append(task)

@@ -85,7 +85,8 @@ class RayRuntime:
         """Ray's options for where a worker runs, and on how much; known once it is entered."""
         options: dict[str, Any] = {
             "num_gpus": 1 if self.shape.has_gpu else 0,
-            "num_cpus": self.shape.cpus,
+            # Beside a GPU it is not to wait for others, though it uses more than one.
+            "num_cpus": 1 if self.shape.has_gpu else self.shape.cpus,
             "scheduling_strategy": "SPREAD",
         }
         if self._options.workers_per_node is not None:
@@ -123,10 +124,10 @@ def _resource(name: str) -> int:
 
 
 def _cpus_beside_gpu() -> int:
-    """How many CPUs each GPU's worker can have, on the node that has the fewest of them."""
+    """How many CPUs each GPU's worker computes on: what there is for it on the node that has the fewest of them."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     shares = [of.get("CPU", 0) // of["GPU"] for of in alive if of.get("GPU", 0) >= 1]
-    return max(1, min(MOST_CPUS_BESIDE_GPU, int(min(shares, default=1))))
+    return max(1, int(min([MOST_CPUS_BESIDE_GPU, *shares])))
 
 
 @contextmanager
