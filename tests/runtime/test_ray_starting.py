@@ -17,8 +17,10 @@ from processes import has_ended, signal_all, tree_of
 
 from rv_distributed.runtime.on_ray import starting
 
-#: Starts a Ray, says so, waits for a line, and stops it.
+#: Starts a Ray, says so, waits for a line, and stops it. It looks up now and then: a signal that comes just before a read
+#: does not interrupt it.
 OWN_RAY = """
+import select
 import sys
 import ray
 from rv_distributed.runtime.on_ray import RayRuntime
@@ -26,7 +28,8 @@ from rv_distributed.runtime.select import RunOptions
 
 with RayRuntime(RunOptions(workers=2), pieces=2):
     print(ray.get(ray.remote(lambda: "up").remote()), flush=True)
-    sys.stdin.readline()
+    while not select.select([sys.stdin], [], [], 0.1)[0]:
+        pass
 """
 
 
