@@ -17,8 +17,8 @@ from processes import has_ended, signal_all, tree_of
 
 from rv_distributed.runtime.on_ray import starting
 
-#: Starts a Ray, says so, waits for a line, and stops it. It looks up now and then: a signal that comes just before a read
-#: does not interrupt it.
+#: Starts a Ray, says so, waits for a line, and stops it. It looks up now and then: a signal that comes just before a
+#: read does not interrupt it.
 OWN_RAY = """
 import select
 import sys
