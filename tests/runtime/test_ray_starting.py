@@ -21,11 +21,14 @@ from rv_distributed.runtime.on_ray import starting
 #: read does not interrupt it.
 OWN_RAY = """
 import select
+import signal
 import sys
 import ray
 from rv_distributed.runtime.on_ray import RayRuntime
 from rv_distributed.runtime.select import RunOptions
 
+# Tests that run in the background of a shell are told to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with RayRuntime(RunOptions(workers=2), pieces=2):
     print(ray.get(ray.remote(lambda: "up").remote()), flush=True)
     while not select.select([sys.stdin], [], [], 0.1)[0]:
