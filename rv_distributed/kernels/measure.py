@@ -57,7 +57,7 @@ class _Slice(NamedTuple):
     t: Tensor
     v: Tensor
     counts: Tensor
-    """Elements that are not finite, then what `_counts` gives; int64."""
+    """Elements that are not finite, those that are inexact, then what `_counts` gives; int64."""
     sums: Tensor
     """What `_sums` gives; float64."""
 

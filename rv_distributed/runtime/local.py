@@ -24,7 +24,8 @@ class LocalRuntime:
         self.shape = shape
 
     def __enter__(self) -> LocalRuntime:
-        choose_device(self._device)
+        # A machine may have a GPU that its torch cannot use.
+        self.shape = self.shape._replace(has_gpu=choose_device(self._device) != "cpu")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -11,6 +11,7 @@ from reference import weights, write_checkpoint
 
 import rv_distributed as rv
 from rv_distributed.runtime import local
+from rv_distributed.runtime.model import WorkerShape
 from rv_distributed.storage.ranges import RangeReader
 
 
@@ -50,3 +51,12 @@ def test_a_read_that_never_returns_ends_the_run_and_the_next_one_resumes(
     manifest = rv.transfer(t, a, b, str(out), plan_options=plan, run_options=rv.RunOptions(runtime="local"))
     assert (manifest.timings.pieces, manifest.timings.pieces_kept) == (3, 2)
     rv.verify(str(out))
+
+
+@pytest.mark.parametrize(("device", "has_gpu"), [("cpu", False), ("cuda", True)])
+def test_a_worker_has_the_gpu_that_its_torch_can_use(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_gpu: bool
+) -> None:
+    monkeypatch.setattr(local, "choose_device", lambda _: device)
+    with local.LocalRuntime("auto", WorkerShape(2, has_gpu=True)) as runtime:
+        assert runtime.shape == WorkerShape(2, has_gpu)
