@@ -24,6 +24,8 @@ GPU_CHUNK_BYTES = 16 << 20
 _STREAMS_OF_CPU: Final = 3
 #: Of one process: its interpreter serves no more.
 _MOST_STREAMS: Final = 24
+#: Of one on a GPU: all of them can have chunks of its size then.
+_MOST_STREAMS_ON_GPU: Final = 6
 _LEAST_REMOTE_CHUNK_BYTES: Final = 8 << 20
 #: Chunks whose sources a stream then has in memory: the one that it computes, and the next.
 _REMOTE_ARENAS: Final = 2
@@ -58,7 +60,7 @@ def size_worker(
     plan: Plan, options: RunOptions, runtime: ChosenRuntime, shape: WorkerShape, *, remote_outputs: int
 ) -> Sizing:
     """The buffers of a worker of some shape; the rest as of `size_buffers`."""
-    streams = min(_MOST_STREAMS, _STREAMS_OF_CPU * shape.cpus)
+    streams = min(_MOST_STREAMS_ON_GPU if shape.has_gpu else _MOST_STREAMS, _STREAMS_OF_CPU * shape.cpus)
     if runtime == "local" and options.workers is not None:
         streams = options.workers
     return size_buffers(

@@ -166,8 +166,9 @@ def test_bytes_to_read_counts_every_operand_once(donor: str, reference: str, out
     [
         (1, False, None, 3, CHUNK_BYTES),
         (16, False, None, 24, CHUNK_BYTES),
-        (4, True, None, 12, GPU_CHUNK_BYTES // 2),  # of 16 MiB, twelve with three operands each do not fit
-        (4, True, 1 << 30, 12, GPU_CHUNK_BYTES),
+        (4, True, None, 6, GPU_CHUNK_BYTES),
+        (16, True, 1 << 30, 6, GPU_CHUNK_BYTES),
+        (4, True, 256 << 20, 6, GPU_CHUNK_BYTES // 2),
         (1, True, None, 3, GPU_CHUNK_BYTES),
     ],
 )
