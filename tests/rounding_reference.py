@@ -97,6 +97,14 @@ def stochastic(values: Floats, dtype: str, *, seed: int, name: str, first: int =
     return np.where(inside, bits + up, plain).astype(np.uint16).tobytes()
 
 
+def doubles(raw: Raw) -> F64:
+    """The elements in float64, which holds every value of F64, F32, BF16 and F16."""
+    if raw.dtype == "F64":
+        return np.frombuffer(raw.data, np.float64)
+    with np.errstate(invalid="ignore"):
+        return widen(raw).astype(np.float64)
+
+
 def wide_difference(plus: Raw, minus: Raw | None) -> F64:
     """``d = RN64(a − b)``."""
     with np.errstate(all="ignore"):

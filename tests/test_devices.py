@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from triples import ok
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
 from rv_distributed.kernels.combine import Combiner
+from rv_distributed.runtime import compute
+from rv_distributed.runtime.torch_block import TorchBlock
 
 #: A Ray that believes in two GPUs, on a machine whose torch sees none: every actor is placed on one of them.
 FAKE_GPUS = """
@@ -68,18 +71,34 @@ def test_cuda_is_refused_before_anything_is_written_where_torch_has_none(models:
 def test_a_gpu_without_memory_ends_the_run_with_the_remedy(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The processor stands in for it: its float64 goes through the same blocks."""
-
     def full(*_args: object, **_options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Combiner, "combine", full)
+    _stand_in(monkeypatch)
     with pytest.raises(rv.RunError, match="too little memory left: a smaller --memory-budget"):
-        rv.transfer(
-            *places(models, tmp_path / "out"),
-            plan_options=rv.PlanOptions(compute_dtype="float64"),
-            run_options=rv.RunOptions(runtime="local"),
-        )
+        rv.transfer(*places(models, tmp_path / "out"), run_options=rv.RunOptions(runtime="local"))
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the processor's torch compute the blocks that a GPU's would."""
+    monkeypatch.setattr(compute, "_choose_block", lambda config, _device, nbytes: TorchBlock(config, "cpu", nbytes))
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_blocks_of_a_gpu_have_the_bytes_of_the_cpu_s(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_dtype: Any, rounding: Any
+) -> None:
+    """Without a GPU: what goes into a block and comes out of it is the same."""
+    options = rv.PlanOptions(compute_dtype=compute_dtype, rounding=rounding)
+    files = []
+    for name in ("cpu", "gpu"):
+        out = tmp_path / name
+        rv.transfer(*places(models, out), alpha=0.7, plan_options=options, run_options=rv.RunOptions(runtime="local"))
+        files.append((out / "model.safetensors").read_bytes())
+        _stand_in(monkeypatch)
+    assert files[0] == files[1]
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Blocks of one stream through the compiled kernel: for the processor, computing in float32."""
+"""Blocks of one stream through the compiled kernel: for the processor."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class CompiledCombiner:
         self._level = _LEVELS[stats]
         self._arithmetic = arithmetic
         self._weighted = weighted
-        self._scratch = np.empty((3 + 2 * outputs, strips.STRIP), np.float32)
-        self._spare = np.empty((3, 4 * strips.STRIP), np.uint8)
+        self._dtype = np.dtype(arithmetic.compute_dtype)
+        self._scratch = np.empty((3 + 2 * outputs, strips.STRIP), self._dtype)
+        self._spare = np.empty((3, 8 * strips.STRIP), np.uint8)
         self._steps = np.empty(strips.STRIP, np.uint16)
 
     def compute(
@@ -73,8 +74,8 @@ class CompiledCombiner:
         strips.combine_blocks(
             arena,
             operands,
-            np.array([of.alphas for of in weights], np.float32).reshape(len(outs), -1),
-            np.array([of[1:] for of in weights if self._arithmetic.order != "each"], np.float32).reshape(-1, 2),
+            np.array([of.alphas for of in weights], self._dtype).reshape(len(outs), -1),
+            np.array([of[1:] for of in weights if self._arithmetic.order != "each"], self._dtype).reshape(-1, 2),
             self._arithmetic.order == "fused",
             outs,
             at,
@@ -95,14 +96,38 @@ class CompiledCombiner:
         )
         scales = [of.alphas[0] if of.alphas and target and not self._weighted else 1.0 for of in weights]
         return [
-            [_measures(*of) for of in zip(sums_of, counts_of, scales, strict=True)]
+            [self._measures(*of) for of in zip(sums_of, counts_of, scales, strict=True)]
             for sums_of, counts_of in zip(sums[: made[0]].tolist(), counts[: made[0]].tolist(), strict=True)
         ]
 
     def _keys(self, name: str, first: int, dtype: str) -> npt.NDArray[np.uint32]:
         if self._arithmetic.rounding == "nearest":
             return np.empty(0, np.uint32)
-        return word_keys(self._arithmetic.seed, name, first // 2 if dtype == "BF16" else first)
+        halves = dtype == "BF16" and self._dtype == np.float32
+        return word_keys(self._arithmetic.seed, name, first // 2 if halves else first)
+
+    def _measures(self, sums: list[float], count: list[int], alpha: float) -> Measures:
+        nonfinite = count[strips.NAN] + count[strips.INFINITE]
+        at_least = [*count[strips.ULPS :], 0]
+        v_sq, t_sq, v_t, moved_v, error_sq = sums
+        return Measures(
+            v_sq,
+            t_sq,
+            v_t,
+            moved_v,
+            error_sq,
+            v_max=float(np.array(count[strips.V_MAX_BITS], f"i{self._dtype.itemsize}").view(self._dtype)),
+            nonzero=count[strips.NONZERO],
+            changed=count[strips.CHANGED],
+            absorbed=count[strips.ABSORBED] if alpha else 0,
+            ulps_max=count[strips.ULPS_MAX],
+            inexact=count[strips.INEXACT],
+            overflowed=count[strips.OVERFLOWED],
+            nan=count[strips.NAN],
+            infinite=count[strips.INFINITE],
+            first_nonfinite=count[strips.FIRST] if nonfinite else None,
+            ulps=tuple(low - high for low, high in pairwise(at_least)),
+        )
 
 
 def word_keys(seed: int, name: str, first: int) -> npt.NDArray[np.uint32]:
@@ -116,27 +141,3 @@ def _numbers(operand: RawOperand | None) -> tuple[int, int, int, int]:
     if operand is None:
         return 0, strips.NO_TENSOR, -1, 0
     return operand.at, strips.CODES[operand.dtype], operand.fd, operand.offset
-
-
-def _measures(sums: list[float], count: list[int], alpha: float) -> Measures:
-    nonfinite = count[strips.NAN] + count[strips.INFINITE]
-    at_least = [*count[strips.ULPS :], 0]
-    v_sq, t_sq, v_t, moved_v, error_sq = sums
-    return Measures(
-        v_sq,
-        t_sq,
-        v_t,
-        moved_v,
-        error_sq,
-        v_max=float(np.int32(count[strips.V_MAX_BITS]).view(np.float32)),
-        nonzero=count[strips.NONZERO],
-        changed=count[strips.CHANGED],
-        absorbed=count[strips.ABSORBED] if alpha else 0,
-        ulps_max=count[strips.ULPS_MAX],
-        inexact=count[strips.INEXACT],
-        overflowed=count[strips.OVERFLOWED],
-        nan=count[strips.NAN],
-        infinite=count[strips.INFINITE],
-        first_nonfinite=count[strips.FIRST] if nonfinite else None,
-        ulps=tuple(low - high for low, high in pairwise(at_least)),
-    )

@@ -1,58 +1,28 @@
-"""What a block tells, in torch: for GPUs, and for arithmetic that is not compiled. Counts are those of `strips`.
+"""What a block tells, in torch: for GPUs. Counts are those of `strips`.
 
 Nothing here waits for a GPU before `Measured.result`: a block is one queue of kernels, and one wait at its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
 from itertools import pairwise
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rv_distributed.kernels.rounding import to_nearest
 from rv_distributed.measures import ULPS_FROM, Measures
 from rv_distributed.recipe import Stats
 
-#: Temporaries are made for this many elements at a time on a processor, to keep them few and in the caches.
-_SLICE: Final = 1 << 16
 #: By the bytes of an element: the integers that it is read as, and those that hold the difference of two of them; of
 #: 64 bits only mostly.
 _BITS: Final = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64), 8: (torch.int64, torch.int64)}
 
 
 class Measured(NamedTuple):
-    """What was measured of a block, on the way from its device."""
+    """What was measured of a block, on the way from its device; with the elements themselves."""
 
-    slices: Sequence[_Slice]
-
-    def result(self) -> Measures:
-        """The measures, once the device has done what was asked of it and before the block's tensors are used again."""
-        return reduce(Measures.plus, (part.result() for part in self.slices), Measures())
-
-
-def measure(
-    out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats, *, inexact: Tensor | None = None
-) -> Measured:
-    """Measure ``out``, which was to be ``t + alpha·v``; ``t`` is ``target`` in the dtype of the arithmetic.
-
-    ``inexact``, a tensor without dimensions, is the count of that name.
-    """
-    size = max(1, out.numel()) if out.is_cuda else _SLICE
-    slices = []
-    for start in range(0, out.numel(), size):
-        part = slice(start, start + size)
-        slices.append(_measure(start, out[part], target[part], t[part], v[part], alpha, stats, inexact))
-        inexact = None
-    return Measured(slices)
-
-
-class _Slice(NamedTuple):
-    """What was measured of some elements from ``start``, which are those of ``out``, ``t`` and ``v``."""
-
-    start: int
     out: Tensor
     t: Tensor
     v: Tensor
@@ -62,6 +32,7 @@ class _Slice(NamedTuple):
     """What `_sums` gives; float64."""
 
     def result(self) -> Measures:
+        """The measures, once the device has done what was asked of it and before the block's tensors are used again."""
         nonfinite, inexact, *counts = self.counts.tolist()
         found = self._nonfinite() if nonfinite else Measures()
         sums = self.sums.tolist()
@@ -82,7 +53,7 @@ class _Slice(NamedTuple):
                 v_t, moved_v, error_sq = products
                 ulps = tuple(low - high for low, high in pairwise([*at_least, 0]))
                 found = found._replace(v_t=v_t, moved_v=moved_v, error_sq=error_sq, ulps=ulps)
-        return found.moved(self.start)
+        return found
 
     def _nonfinite(self) -> Measures:
         infinite, where = torch.isinf(self.out), ~torch.isfinite(self.out)
@@ -95,9 +66,13 @@ class _Slice(NamedTuple):
         )
 
 
-def _measure(
-    start: int, out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats, inexact: Tensor | None
-) -> _Slice:
+def measure(
+    out: Tensor, target: Tensor, t: Tensor, v: Tensor, alpha: float, stats: Stats, *, inexact: Tensor | None = None
+) -> Measured:
+    """Measure ``out``, which was to be ``t + alpha·v``; ``t`` is ``target`` in the dtype of the arithmetic.
+
+    ``inexact``, a tensor without dimensions, is the count of that name.
+    """
     finite = torch.isfinite(out)
     zero = out.new_zeros((), dtype=torch.int64)
     counts = [torch.count_nonzero(~finite), zero if inexact is None else inexact]
@@ -108,7 +83,7 @@ def _measure(
     values = torch.stack(sums) if sums else out.new_empty(0, dtype=torch.float64)
     # From a GPU it goes to pinned memory, which is not waited for.
     counted, summed = (of.to("cpu", non_blocking=True) for of in (torch.stack(counts), values))
-    return _Slice(start, out, t, v, counted, summed)
+    return Measured(out, t, v, counted, summed)
 
 
 def _counts(
@@ -116,7 +91,7 @@ def _counts(
 ) -> list[Tensor]:
     """Elements of v that are not 0; of out that are unchanged, and those of them that v should have moved; the most
     steps; and, for full statistics, how many elements moved by at least as many steps as `ULPS_FROM` says."""
-    steps = _steps(target if target.dtype == out.dtype else t.to(out.dtype), out)
+    steps = _steps(target if target.dtype == out.dtype else to_nearest(t, torch.empty_like(out)), out)
     nonzero = v != 0
     same = (steps == 0) | (torch.isnan(out) & torch.isnan(t))
     # Between NaN or infinity and anything else there is no number of steps.

@@ -16,9 +16,6 @@ from torch import Tensor
 from rv_distributed.kernels.noise import Noise
 from rv_distributed.recipe import Arithmetic
 
-#: Temporaries are made for this many elements at a time on a processor, to keep them few and in the caches.
-_SLICE: Final = 1 << 16
-
 
 class _Format(NamedTuple):
     """A dtype of 16 bits."""
@@ -62,22 +59,17 @@ class Rounder:
     def __init__(self, arithmetic: Arithmetic, *, block_elements: int, device: torch.device) -> None:
         self._noise: Noise | None = None
         if arithmetic.rounding == "stochastic":
-            words = max(block_elements // 2 + 1, min(block_elements, _slice_of(device, block_elements)))
-            self._noise = Noise(arithmetic.seed, words=words, device=device)
+            self._noise = Noise(arithmetic.seed, words=block_elements + 1, device=device)
             self._bits = torch.empty(block_elements, dtype=torch.int32, device=device)
 
     def round(self, values: Tensor, out: Tensor, *, name: str, first: int) -> None:
         """Fill ``out`` with ``values``, which are the elements from ``first`` of the tensor ``name``."""
         if self._noise is None or out.dtype not in _FORMATS:
-            _to_nearest(values, out)
+            to_nearest(values, out)
         elif values.dtype == torch.float32 and out.dtype == torch.bfloat16:
             self._to_bfloat16(values, out, self._noise.bits16(name, first, values.numel()))
         else:
-            size = _slice_of(values.device, values.numel())
-            for start in range(0, values.numel(), size):
-                part = values[start : start + size]
-                words = self._noise.bits32(name, first + start, part.numel())
-                _by_comparison(part, out[start : start + size], words)
+            _by_comparison(values, out, self._noise.bits32(name, first, values.numel()))
 
     def _to_bfloat16(self, values: Tensor, out: Tensor, noise: Tensor) -> None:
         """A bfloat16 is the upper half of a float32, subnormal or not: noise added to the lower half carries into
@@ -115,30 +107,16 @@ def _by_comparison(values: Tensor, out: Tensor, words: Tensor) -> None:
 
 def _correct_beyond(values: Tensor, out: Tensor) -> None:
     """Round to nearest what is not within the finite numbers of the output's dtype."""
-    top = _FORMATS[out.dtype].top
-    if not values.is_cuda:
-        # There a look is cheap, and mostly all; a GPU would have to be waited for.
-        low, high = torch.aminmax(values)
-        if max(-low.item(), high.item()) < top:
-            return
-    rounded = torch.empty_like(out)
-    _to_nearest(values, rounded)
-    out.copy_(torch.where(values.abs() < top, out, rounded))
+    # Without a look at whether there is any, for which a GPU would have to be waited for.
+    rounded = to_nearest(values, torch.empty_like(out))
+    out.copy_(torch.where(values.abs() < _FORMATS[out.dtype].top, out, rounded))
 
 
-def _to_nearest(values: Tensor, out: Tensor) -> None:
-    if values.dtype == torch.float64 and out.dtype in _FORMATS:
-        # torch converts by way of float32, which would round twice.
-        size = _slice_of(values.device, values.numel())
-        for start in range(0, values.numel(), size):
-            out[start : start + size].copy_(_to_odd(values[start : start + size]))
-    else:
-        out.copy_(values)
-
-
-def _slice_of(device: torch.device, elements: int) -> int:
-    """How many of some elements to make temporaries for at a time."""
-    return _SLICE if device.type == "cpu" else max(1, elements)
+def to_nearest(values: Tensor, out: Tensor) -> Tensor:
+    """Fill ``out`` with ``values`` in its dtype, rounded to nearest even; returns it."""
+    # From float64 torch converts to 16 bits by way of float32, which would round twice.
+    is_twice = values.dtype == torch.float64 and out.dtype in _FORMATS
+    return out.copy_(_to_odd(values) if is_twice else values)
 
 
 def _to_odd(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Final
 from rv_distributed.kernels.entry import Entry
 
 #: Codes of dtypes, by their safetensors names.
-CODES: Final = {"BF16": 0, "F16": 1, "F32": 2}
+CODES: Final = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 NO_TENSOR: Final = -1
 #: Elements of a strip.
 STRIP: Final = 2048

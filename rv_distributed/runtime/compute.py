@@ -183,7 +183,7 @@ def _leaves(
 
 
 def _choose_block(config: WorkerConfig, device: str, block_bytes: int) -> Block:
-    if device == "cpu" and config.arithmetic.compute_dtype == "float32":
+    if device == "cpu":
         from rv_distributed.runtime.compiled_block import CompiledBlock
 
         return CompiledBlock(config)

@@ -9,7 +9,6 @@ from rv_distributed.checkpoint.sources import LowRank, Operand, element_bytes, p
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import UsageError
 from rv_distributed.plan import Plan, Segment, TensorPlan
-from rv_distributed.plan.model import is_wide
 from rv_distributed.runtime.model import BLOCK_BYTES, WorkerShape
 from rv_distributed.runtime.select import ChosenRuntime, RunOptions
 from rv_distributed.storage.objects import WRITER_BYTES
@@ -30,10 +29,8 @@ _LEAST_REMOTE_CHUNK_BYTES: Final = 8 << 20
 #: Chunks whose sources a stream then has in memory: the one that it computes, and the next.
 _REMOTE_ARENAS: Final = 2
 DEFAULT_BUDGET_BYTES = 512 << 20
-#: Scratch of a stream whose arithmetic is compiled, beside what each output takes.
+#: Scratch of a stream's arithmetic, beside as much for each output.
 _SCRATCH_BYTES: Final = 128 << 10
-#: Of a stream that computes in float64, through torch: temporaries of rounding and measuring, mostly of 8 bytes.
-_TEMPORARY_BYTES: Final = 10 * BLOCK_BYTES
 #: Of a block that is decoded: its base in 16 bits and in 32, where an adapter has one, and the rows of a factor.
 _DECODING_BYTES: Final = 4 * BLOCK_BYTES
 #: Arrays of a band that is requantized, in the dtype of the arithmetic: t, d and two operands; for each output its sum
@@ -85,10 +82,6 @@ def size_buffers(
     ratio = max((_arena_ratio(*of) for of in segments), default=1.0)
     scratch = _SCRATCH_BYTES * (1 + outputs)
     scratch += max((_decoding_bytes(segment) for _, segment in segments), default=0)
-    wide = (is_wide(tensor.dtype, segment.target, segment.vectors) for tensor, segment in segments)
-    if plan.arithmetic.compute_dtype == "float64" or any(wide):
-        # As many elements as a block of a 16-bit dtype has.
-        scratch += (4 + 2 * outputs) * 8 * (BLOCK_BYTES // 2) + _TEMPORARY_BYTES
     scratch += max((_band_bytes(plan, *of) for of in segments), default=0)
     scratch += WRITER_BYTES * remote_outputs
     remote = any(is_remote(path) for _, segment in segments for source in segment.sources for path in paths_of(source))

@@ -1,7 +1,7 @@
-"""Blocks through torch: on GPUs, and on the processor in the arithmetic that is not compiled.
+"""Blocks through torch, on GPUs.
 
-On CUDA the operands go over as raw elements and the results come back, on a CUDA stream of the worker's stream; the
-kernels in between are the same.
+The operands go over as raw elements and the results come back, on a CUDA stream of the worker's stream. The processor's
+torch, which has no such streams, can stand in for a GPU; only tests have it do so.
 """
 
 from __future__ import annotations

@@ -68,17 +68,27 @@ def test_help_of_every_command_shows_an_example_or_what_it_does() -> None:
 )
 def test_planning_commands_import_neither_torch_nor_ray(args: list[str], models: Path, tmp_path: Path) -> None:
     wanted = transfer_of(models, tmp_path / "out", "--dry-run") if args == ["DRY-RUN"] else args
-    argv = [str(arg).replace("MODELS", str(models)) for arg in wanted]
+    assert imported_by(*(str(arg).replace("MODELS", str(models)) for arg in wanted)) == []
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
+def test_a_run_on_processors_imports_no_torch(compute_dtype: str, models: Path, tmp_path: Path) -> None:
+    argv = transfer_of(models, tmp_path / "out", "--runtime", "local", "--device", "cpu", "--rounding", "stochastic")
+    assert imported_by(*map(str, argv), "--compute-dtype", compute_dtype) == ["pyarrow"]
+
+
+def imported_by(*argv: str) -> list[str]:
+    """Which of the heavy libraries a command imports."""
     script = (
         "import sys\nfrom rv_distributed.cli import main\n"
         "try:\n    main()\nfinally:\n"
-        "    print(sorted({'torch', 'ray', 'pyarrow'} & sys.modules.keys()), file=sys.stderr)"
+        "    print(*sorted({'torch', 'ray', 'pyarrow'} & sys.modules.keys()), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
+    return done.stderr.splitlines()[-1].split()
 
 
 def test_extract_apply_and_transfer_agree_and_verify(models: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from kernel_runners import DEFAULT, KERNELS, ByTorch, Compiled, Kernel, Vectors
 from reference import (
     F32,
     ITEM_BYTES,
@@ -26,125 +26,22 @@ from reference import (
     widen,
 )
 
-from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
-from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
 from rv_distributed.measures import ULPS_FROM, Measures
 from rv_distributed.recipe import Arithmetic, Stats, Weights
 
 DTYPES = ("F32", "BF16", "F16")
 ALPHAS = (1.0, -1.0, 0.5, 0.7, 1e-3, 0.0)
-DEFAULT = Arithmetic("float32", "nearest", 0)
 
 
-def tensor_of(raw: Raw, device: torch.device) -> torch.Tensor:
-    return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype]).to(device)
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.cpu().view(torch.uint8).numpy().tobytes()
-
-
-Vectors = Sequence[tuple[Raw, Raw | None]]
-
-
-class ByTorch:
-    """The torch kernels, on the processor or on a GPU."""
-
-    def __init__(self, device: str) -> None:
-        self._device = torch.device(device)
-
-    def run(
-        self,
-        target: Raw | None,
-        vectors: Vectors,
-        alphas: Sequence[Sequence[float]],
-        dtypes: Sequence[str],
-        stats: Stats,
-        arithmetic: Arithmetic,
-        first: int,
-    ) -> tuple[list[Raw], list[Measures]]:
-        shape = vectors[0][0].shape if target is None else target.shape
-        combiner = Combiner(
-            block_elements=shape[0],
-            outputs=len(dtypes),
-            device=self._device,
-            weighted=WEIGHTED or len(vectors) > 1,
-            stats=stats,
-            arithmetic=arithmetic,
-        )
-        outs = [torch.empty(shape[0], dtype=TORCH_DTYPES[dtype], device=self._device) for dtype in dtypes]
-        vectors_here = [
-            (tensor_of(plus, self._device), tensor_of(minus, self._device) if minus else None)
-            for plus, minus in vectors
-        ]
-        if target is None:
-            measured = [combiner.extract(outs[0], *vectors_here[0], name="x", first=first)]
-        else:
-            t = tensor_of(target, self._device)
-            rows = [Weights(tuple(row)) for row in alphas]
-            measured = combiner.combine(outs, t, vectors_here, rows, name="x", first=first)
-            assert bytes_of(t) == target.data, "an input was written to"
-        raws = [Raw(dtype, shape, bytes_of(out)) for dtype, out in zip(dtypes, outs, strict=True)]
-        return raws, [of_output.result() for of_output in measured]
-
-
-class Compiled:
-    """The compiled kernel, with operands at odd addresses and at even ones."""
-
-    def run(
-        self,
-        target: Raw | None,
-        vectors: Vectors,
-        alphas: Sequence[Sequence[float]],
-        dtypes: Sequence[str],
-        stats: Stats,
-        arithmetic: Arithmetic,
-        first: int,
-    ) -> tuple[list[Raw], list[Measures]]:
-        arena = bytearray(3)
-
-        def place(raw: Raw) -> RawOperand:
-            at = len(arena)
-            arena.extend(raw.data)
-            return RawOperand(at, raw.dtype)
-
-        placed = place(target) if target is not None else None
-        operands = [(place(plus), place(minus) if minus else None) for plus, minus in vectors]
-        count = vectors[0][0].shape[0] if target is None else target.shape[0]
-        raws, measures = [], []
-        # All outputs of one call have one dtype.
-        for dtype in dict.fromkeys(dtypes):
-            rows = [Weights(tuple(row)) for row, other in zip(alphas, dtypes, strict=True) if other == dtype]
-            combiner = CompiledCombiner(
-                outputs=len(rows), weighted=WEIGHTED or len(vectors) > 1, stats=stats, arithmetic=arithmetic
-            )
-            margin = 4 * ITEM_BYTES[dtype]
-            outs = np.full((len(rows), count * ITEM_BYTES[dtype] + 2 * margin), 77, np.uint8)
-            before = bytes(arena)
-            view = np.frombuffer(arena, np.uint8)
-            (made,) = combiner.compute(
-                view, placed, operands, rows, outs, margin, dtype, name="x", first=first, sizes=[count]
-            )
-            measures += made
-            assert bytes(arena) == before, "an input was written to"
-            assert np.all(outs[:, :margin] == 77)
-            assert np.all(outs[:, -margin:] == 77)
-            raws += [Raw(dtype, (count,), out[margin:-margin].tobytes()) for out in outs]
-        return raws, measures
-
-
-KERNELS = [ByTorch("cpu"), Compiled(), pytest.param(ByTorch("cuda"), marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=KERNELS, ids=["torch", "compiled", "cuda"], autouse=True)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ByTorch | Compiled:
+@pytest.fixture(params=KERNELS, autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """All kernels are held to all of this."""
     monkeypatch.setattr(sys.modules[__name__], "KERNEL", request.param)
-    found: ByTorch | Compiled = request.param
+    found: Kernel = request.param
     return found
 
 
-KERNEL: ByTorch | Compiled = Compiled()
+KERNEL: Kernel = Compiled()
 #: Of tensors that get one vector of several.
 WEIGHTED = False
 
@@ -160,11 +57,12 @@ def run_combine(
 ) -> tuple[list[Raw], list[Measures]]:
     # As a plan gives them.
     rounded = [[float(np.float32(alpha)) for alpha in row] for row in alphas]
-    return KERNEL.run(target, vectors, rounded, dtypes, stats, arithmetic, first)
+    rows = [Weights(tuple(row)) for row in rounded]
+    return KERNEL.run(target, vectors, rows, dtypes, stats=stats, arithmetic=arithmetic, first=first, weighted=WEIGHTED)
 
 
 def run_extract(plus: Raw, minus: Raw | None, dtype: str, stats: Stats = "full") -> tuple[Raw, Measures]:
-    (raw,), (measures,) = KERNEL.run(None, [(plus, minus)], [[1.0]], [dtype], stats, DEFAULT, 0)
+    (raw,), (measures,) = KERNEL.run(None, [(plus, minus)], [Weights((1.0,))], [dtype], stats=stats)
     return raw, measures
 
 
@@ -498,13 +396,14 @@ def test_nan_is_counted_even_when_nothing_is_measured() -> None:
 def test_stochastic_rounding_has_one_result_in_all_kernels(make: Any, dtype: str, first: int) -> None:
     rng, arithmetic = np.random.default_rng(43), Arithmetic("float32", "stochastic", 7)
     target, plus, minus = (make(rng, source, 6000) for source in (dtype, "F32", dtype))
-    rows, vectors = [[0.3], [0.0], [1.0]], [(plus, minus)]
-    wanted, others = Compiled().run(target, vectors, rows, [dtype] * 3, "basic", arithmetic, first)
-    (vector,), _ = Compiled().run(None, vectors, [[1.0]], [dtype], "none", arithmetic, first)
+    rows, vectors = [Weights((alpha,)) for alpha in (0.3, 0.0, 1.0)], [(plus, minus)]
+    how: Any = {"stats": "basic", "arithmetic": arithmetic, "first": first}
+    wanted, others = Compiled().run(target, vectors, rows, [dtype] * 3, **how)
+    (vector,), _ = Compiled().run(None, vectors, [Weights((1.0,))], [dtype], **how)
     for kernel in (ByTorch("cpu"), KERNEL):
-        found, measured = kernel.run(target, vectors, rows, [dtype] * 3, "basic", arithmetic, first)
+        found, measured = kernel.run(target, vectors, rows, [dtype] * 3, **how)
         for raw, other in zip(found, wanted, strict=True):
             assert same_bits(raw.data, other.data, dtype)
         assert [m.changed for m in measured] == [m.changed for m in others]
-        (same,), _ = kernel.run(None, vectors, [[1.0]], [dtype], "none", arithmetic, first)
+        (same,), _ = kernel.run(None, vectors, [Weights((1.0,))], [dtype], **how)
         assert same_bits(same.data, vector.data, dtype)

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from reference import Raw, any_bits, same_bits, weights, widen
-from rounding_reference import nearest, neighbours, stochastic, wide_accumulated, wide_difference
+from kernel_runners import KERNELS, Kernel
+from reference import Raw, same_bits, weights, widen
+from rounding_reference import nearest, neighbours, stochastic
 
-from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
+from rv_distributed.kernels.combine import TORCH_DTYPES
 from rv_distributed.kernels.rounding import Rounder, _by_comparison
 from rv_distributed.recipe import Arithmetic, ComputeDType, Rounding, Weights
 
@@ -186,73 +187,13 @@ def test_a_million_roundings_of_one_value_have_its_mean(dtype: str, kind: type[A
         assert abs(float(np.mean(found / LEAST[dtype])) - float(given[0]) / LEAST[dtype]) * LEAST[dtype] < 5 * deviation
 
 
-def combiner(arithmetic: Arithmetic, outputs: int = 1, device: torch.device = CPU) -> Combiner:
-    return Combiner(
-        block_elements=40_000, outputs=outputs, device=device, weighted=False, stats="basic", arithmetic=arithmetic
-    )
-
-
-def tensor_of(raw: Raw) -> torch.Tensor:
-    return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype])
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("make", [any_bits, lambda rng, dtype, count: weights(rng, dtype, (count,))])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("sources", [("BF16", "BF16", "BF16"), ("F32", "BF16", "F16"), ("F16", "F32", "F32")], ids=str)
-def test_in_float64_every_step_is(make: Any, rounding: Rounding, sources: tuple[str, str, str], device: str) -> None:
-    rng, alpha = np.random.default_rng(9), 0.7
-    target, plus, minus = (make(rng, dtype, 40_000) for dtype in sources)
-    kernel = combiner(Arithmetic("float64", rounding, 4), device=torch.device(device))
-    base = tensor_of(target).to(device)
-    for dtype in ("F32", *SMALL):
-        out = torch.empty(40_000, dtype=TORCH_DTYPES[dtype], device=device)
-
-        def bits(values: Floats, out: torch.Tensor = out, dtype: str = dtype, name: str = "w") -> None:
-            if rounding == "nearest":
-                wanted = nearest(values, dtype)
-            else:
-                wanted = stochastic(values, dtype, seed=4, name=name, first=77)
-            assert same_bits(out.cpu().view(torch.uint8).numpy().tobytes(), wanted, dtype)
-
-        operands = [(tensor_of(plus).to(device), tensor_of(minus).to(device))]
-        kernel.combine([out], base, operands, [Weights((alpha,))], name="w", first=77)
-        bits(wide_accumulated(target, [(plus, minus)], [alpha]))
-        kernel.combine([out], base, [], [Weights()], name="w", first=77)
-        if dtype != target.dtype:
-            bits(wide_accumulated(target, [], []))
-        else:
-            assert out.cpu().view(torch.uint8).numpy().tobytes() == target.data
-        measures = kernel.extract(out, *operands[0], name="w", first=77).result()
-        exact = wide_difference(plus, minus)
-        bits(exact, name="vector of w")
-        stored = widen(Raw(dtype, (40_000,), out.cpu().view(torch.uint8).numpy().tobytes())).astype(np.float64)
-        assert measures.inexact == np.sum((stored != exact) & ~(np.isnan(stored) & np.isnan(exact)))
-
-
-def test_float64_gives_other_bytes_where_float32_loses_some() -> None:
-    target = Raw("F32", (1,), np.float32(1.0).tobytes())
-    plus = Raw("F32", (1,), np.float32(2.0**-24).tobytes())
-    minus = Raw("F32", (1,), np.float32(-(2.0**-50)).tobytes())
-    found = {}
-    for dtype in COMPUTE:
-        out = torch.empty(1)
-        operands = [(tensor_of(plus), tensor_of(minus))]
-        kernel, row = combiner(Arithmetic(dtype, "nearest", 0)), [Weights((1.0,))]
-        kernel.combine([out], tensor_of(target), operands, row, name="", first=0)
-        found[dtype] = out.item()
-    assert found == {"float32": 1.0, "float64": 1.0 + 2.0**-23}
-
-
-def test_outputs_of_one_sweep_share_their_noise_with_runs_of_their_own() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_outputs_of_one_sweep_share_their_noise_with_runs_of_their_own(kernel: Kernel) -> None:
     rng = np.random.default_rng(10)
     target, plus = weights(rng, "BF16", (40_000,)), weights(rng, "F32", (40_000,), 1e-3)
     arithmetic, alphas = Arithmetic("float32", "stochastic", 5), [Weights((alpha,)) for alpha in (0.3, 0.0, 0.7, 1.0)]
-    outs = [torch.empty(40_000, dtype=torch.bfloat16) for _ in alphas]
-    operands: list[tuple[torch.Tensor, torch.Tensor | None]] = [(tensor_of(plus), None)]
-    combiner(arithmetic, len(outs)).combine(outs, tensor_of(target), operands, alphas, name="w", first=3)
+    outs, _ = kernel.run(target, [(plus, None)], alphas, ["BF16"] * len(alphas), arithmetic=arithmetic, first=3)
     for out, row in zip(outs, alphas, strict=True):
-        alone = torch.empty_like(out)
-        combiner(arithmetic).combine([alone], tensor_of(target), operands, [row], name="w", first=3)
-        assert torch.equal(alone.view(torch.int16), out.view(torch.int16))
-    assert torch.equal(outs[1].view(torch.int16), tensor_of(target).view(torch.int16))
+        (alone,), _ = kernel.run(target, [(plus, None)], [row], ["BF16"], arithmetic=arithmetic, first=3)
+        assert alone == out
+    assert outs[1] == target

@@ -2,67 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
+from kernel_runners import DEFAULT, HERE, ByTorch, Kernel, Made, Vectors
 from mergekit_reference import as_raw, linear, total
-from reference import ITEM_BYTES, Raw, same_bits, weights, widen
+from reference import Raw, same_bits, weights, widen
 
-from rv_distributed.kernels.combine import TORCH_DTYPES, Combiner
-from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
-from rv_distributed.measures import Measures
-from rv_distributed.recipe import Arithmetic, Order, Weights
+from rv_distributed.recipe import Order, Weights
 
 COUNT = 5003
-Vectors = Sequence[tuple[Raw, Raw | None]]
-Made = tuple[list[bytes], list[Measures]]
-Kernel = Callable[[Raw | None, Vectors, Sequence[Weights], str, Order], Made]
+both = pytest.mark.parametrize("kernel", HERE.values(), ids=HERE)
 
 
-def by_torch(
-    target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtype: str, order: Order, device: str = "cpu"
+def run(
+    kernel: Kernel, target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtype: str, order: Order
 ) -> Made:
-    combiner = Combiner(
-        block_elements=COUNT,
-        outputs=len(rows),
-        device=torch.device(device),
-        weighted=True,
-        stats="full",
-        arithmetic=Arithmetic("float32", "nearest", 0, order),
-    )
-
-    def load(raw: Raw) -> torch.Tensor:
-        return torch.frombuffer(bytearray(raw.data), dtype=TORCH_DTYPES[raw.dtype]).to(device)
-
-    outs = [torch.empty(COUNT, dtype=TORCH_DTYPES[dtype], device=device) for _ in rows]
-    operands = [(load(plus), load(minus) if minus else None) for plus, minus in vectors]
-    measured = combiner.combine(outs, load(target) if target else None, operands, rows, name="x", first=0)
-    measures = [of_output.result() for of_output in measured]
-    return [out.cpu().view(torch.uint8).numpy().tobytes() for out in outs], measures
-
-
-def compiled(target: Raw | None, vectors: Vectors, rows: Sequence[Weights], dtype: str, order: Order) -> Made:
-    arena = bytearray()
-
-    def place(raw: Raw) -> RawOperand:
-        arena.extend(raw.data)
-        return RawOperand(len(arena) - len(raw.data), raw.dtype)
-
-    combiner = CompiledCombiner(
-        outputs=len(rows), weighted=True, stats="full", arithmetic=Arithmetic("float32", "nearest", 0, order)
-    )
-    placed = place(target) if target else None
-    operands = [(place(plus), place(minus) if minus else None) for plus, minus in vectors]
-    outs = np.zeros((len(rows), COUNT * ITEM_BYTES[dtype]), np.uint8)
-    view = np.frombuffer(arena, np.uint8)
-    (measures,) = combiner.compute(view, placed, operands, rows, outs, 0, dtype, name="x", first=0, sizes=[COUNT])
-    return [out.tobytes() for out in outs], measures
-
-
-KERNELS: tuple[Kernel, ...] = (by_torch, compiled)
-both = pytest.mark.parametrize("kernel", KERNELS, ids=["torch", "compiled"])
+    arithmetic = DEFAULT._replace(order=order)
+    return kernel.run(target, vectors, rows, [dtype] * len(rows), arithmetic=arithmetic, weighted=True)
 
 
 def raws(dtypes: Sequence[str]) -> list[Raw]:
@@ -81,10 +39,10 @@ def test_models_are_summed_as_mergekit_sums_them(kernel: Kernel, dtype: str, nor
         singles = tuple(float(np.float32(alpha)) for alpha in alphas)
         divisor = float(total(singles))
         rows.append(Weights(singles, divisor if normalize else 1.0))
-    found, _ = kernel(None, [(model, None) for model in models], rows, dtype, "fused")
+    found, _ = run(kernel, None, [(model, None) for model in models], rows, dtype, "fused")
     for raw, row in zip(found, rows, strict=True):
         wanted = linear(models, row.alphas, normalize=False) / np.float32(row.divisor)
-        assert same_bits(raw, as_raw(wanted, models[0], dtype).data, dtype)
+        assert same_bits(raw.data, as_raw(wanted, models[0], dtype).data, dtype)
 
 
 @both
@@ -95,16 +53,16 @@ def test_vectors_are_added_up_before_the_target_is(kernel: Kernel, dtype: str) -
     for alphas, divisor, scale in [((0.3, 0.4, -0.2), 0.5, 0.8), ((0.0, 0.0, 1.0), 1.0, 1.0), ((0.0,) * 3, 1.0, 2.0)]:
         singles = tuple(float(np.float32(alpha)) for alpha in alphas)
         rows.append(Weights(singles, divisor, float(np.float32(scale))))
-    found, _ = kernel(target, [(model, target) for model in models], rows, dtype, "sum")
+    found, _ = run(kernel, target, [(model, target) for model in models], rows, dtype, "sum")
     for raw, row in zip(found, rows, strict=True):
         mixed = np.zeros(COUNT, np.float32)
         for model, alpha in zip(models, row.alphas, strict=True):
             mixed = mixed + np.float32(alpha) * (widen(model) - widen(target))
         wanted = widen(target) + mixed / np.float32(row.divisor) * np.float32(row.scale)
         if not row.moves and dtype == target.dtype:
-            assert raw == target.data
+            assert raw.data == target.data
         else:
-            assert same_bits(raw, as_raw(wanted, target, dtype).data, dtype)
+            assert same_bits(raw.data, as_raw(wanted, target, dtype).data, dtype)
 
 
 @pytest.mark.parametrize(("has_target", "order"), [(False, "fused"), (True, "sum")])
@@ -113,7 +71,9 @@ def test_both_kernels_measure_the_same(has_target: bool, order: Order) -> None:
     target, *models = raws(["F32", "F32", "BF16"])
     rows = [Weights((0.5, 0.25), 0.75, 1.5)]
     vectors = [(model, None) for model in models]
-    (one,), (other,) = (run(target if has_target else None, vectors, rows, "BF16", order)[1] for run in KERNELS)
+    (one,), (other,) = (
+        run(kernel, target if has_target else None, vectors, rows, "BF16", order)[1] for kernel in HERE.values()
+    )
     assert (one.nonzero, one.changed, one.ulps, one.absorbed) == (
         other.nonzero,
         other.changed,
@@ -133,4 +93,4 @@ def test_a_gpu_makes_the_bits_of_the_cpu(has_target: bool, order: Order, dtype: 
     rows = [Weights((third, less, more), divisor, scale), Weights((1.0, 0.0, -1.0))]
     vectors = [(model, target if has_target else None) for model in models]
     args = (target if has_target else None, vectors, rows, dtype, order)
-    assert by_torch(*args, device="cuda")[0] == by_torch(*args)[0] == compiled(*args)[0]
+    assert all(run(kernel, *args)[0] == run(ByTorch("cuda"), *args)[0] for kernel in HERE.values())

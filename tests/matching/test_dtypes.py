@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from reference import Raw, assert_same, combined, read_checkpoint, weights, widen
+from reference import Raw, assert_same, combined, read_checkpoint, weights
 from refusal import ROLES, assert_refused, run_rv, transfer
-from rounding_reference import nearest, stochastic
+from rounding_reference import doubles, nearest, stochastic
 from triples import ALPHA, applied, ok, rows_of, transferred, write_models
 
 COUNT = 1001
 DTYPES = ("F32", "BF16", "F16", "F64")
-F64 = npt.NDArray[np.float64]
 #: One element, of dtypes with fewer than 8 bits several, of every dtype that is not computed with.
 UNUSUAL = {
     "F8_E4M3": Raw("F8_E4M3", (2, 3), b"\x38\x7f\xff\x00\x80\x01"),
@@ -47,10 +45,6 @@ def random_raw(rng: np.random.Generator, dtype: str, count: int = COUNT) -> Raw:
     if dtype == "F64":
         return Raw("F64", (count,), (rng.standard_normal(count) * 0.05).tobytes())
     return weights(rng, dtype, (count,))
-
-
-def doubles(raw: Raw) -> F64:
-    return np.frombuffer(raw.data, np.float64) if raw.dtype == "F64" else widen(raw).astype(np.float64)
 
 
 def computed(t: Raw, a: Raw, b: Raw, alpha: float, dtype: str | None = None) -> Raw:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import described
 
 from rv_distributed.errors import UsageError
+from rv_distributed.kernels.compiled import CompiledCombiner
 from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan
-from rv_distributed.recipe import Recipe, Vector
+from rv_distributed.recipe import Arithmetic, Recipe, Vector
 from rv_distributed.runtime.model import BLOCK_BYTES, WorkerShape
 from rv_distributed.runtime.select import RunOptions
 from rv_distributed.runtime.sizing import (
+    _SCRATCH_BYTES,
     CHUNK_BYTES,
     DEFAULT_BUDGET_BYTES,
     GPU_CHUNK_BYTES,
@@ -115,12 +118,13 @@ def test_a_budget_too_small_is_refused_with_what_would_do() -> None:
     assert size_buffers(plan, streams=4, budget_bytes=least).streams == 1
 
 
-def test_float64_s_scratch_and_temporaries_count_as_buffers() -> None:
-    default = least_bytes(plan_of(10**9))
-    assert least_bytes(plan_of(10**9, options=PlanOptions(rounding="stochastic"))) == default
-    wide = least_bytes(plan_of(10**9, options=PlanOptions(compute_dtype="float64")))
-    # As many elements as a block of a 16-bit dtype has, of 8 bytes, six of them; and torch's temporaries.
-    assert wide - default == 6 * 8 * (BLOCK_BYTES // 2) + 10 * BLOCK_BYTES
+@pytest.mark.parametrize("outputs", [1, 2, 8])
+def test_the_scratch_of_float64_fits_into_what_counts_as_such(outputs: int) -> None:
+    wide = Arithmetic("float64", "stochastic", 0)
+    combiner = CompiledCombiner(outputs=outputs, weighted=True, stats="full", arithmetic=wide)
+    arrays = [value for value in vars(combiner).values() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 3
+    assert sum(array.nbytes for array in arrays) <= _SCRATCH_BYTES * (1 + outputs)
 
 
 WHOLE = PlanOptions(piece_bytes=WHOLE_SHARDS, max_shard_bytes=4 * 10**8)

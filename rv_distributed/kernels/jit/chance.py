@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import numpy as np
 from numba import njit
 
-from rv_distributed.kernels.jit.common import BF16, F16, FLOAT, I32, I64, PLAIN, U16, U32, Array
+from rv_distributed.kernels.jit.common import BF16, DOUBLE, I32, I64, PLAIN, U16, U32, Array
 from rv_distributed.kernels.jit.convert import narrow
+
+#: The largest finite numbers.
+_TOP_BF16: Final = (2 - 2.0**-7) * 2.0**127
+_TOP_F16: Final = 65504.0
 
 
 @njit(**PLAIN)
@@ -31,6 +37,26 @@ def fill_noise(first: int, keys: Array, into: Array) -> None:
 
 
 @njit(**PLAIN)
+def _narrow_by_comparison(
+    values: Array, words: Array, random_bits: int, digits: int, lowest: int, top: float, out: Array
+) -> None:
+    unit = I64((1023 - random_bits) << 52).view(DOUBLE)
+    for i in range(values.size):
+        value = DOUBLE(values[i])
+        magnitude = DOUBLE(abs(value))
+        if magnitude < top:
+            # Neighbours are this power of 2 apart.
+            exponent: Any = max((magnitude.view(I64) >> 52) - (1023 + digits - 1), lowest)
+            scaled = magnitude * I64((1023 - exponent) << 52).view(DOUBLE)
+            whole = np.floor(scaled)
+            if scaled - whole > DOUBLE(I32(words[i]) >> (32 - random_bits)) * unit + (0.5 + unit / 2):
+                whole += 1.0
+            # The neighbours' bits count up from 0 in units of the spacing, and on from each exponent's first.
+            step = I64(whole) + ((exponent - lowest) << (digits - 1))
+            out[i] = U16(((value.view(I64) >> 48) & 0x8000) | step)
+
+
+@njit(**PLAIN)
 def narrow_by_chance(values: Array, code: int, raw: Array, first: int, keys: Array, words: Array) -> None:
     """As `narrow`, but stochastically, for the dtypes of 16 bits; ``first`` is the first element in its tensor, and
     ``words`` (uint32) is scratch for one more than the values.
@@ -38,26 +64,19 @@ def narrow_by_chance(values: Array, code: int, raw: Array, first: int, keys: Arr
     The methods, and the reasons for them, are those of `rv_distributed.kernels.rounding`.
     """
     narrow(values, code, raw)
-    bits, out = values.view(U32), raw.view(U16)
-    if code == BF16:
+    out = raw.view(U16)
+    if code == BF16 and values.itemsize == 4:
+        bits = values.view(U32)
         # An even element has the lower half of a word, which comes first in memory, and the next one the upper half.
         fill_noise(first >> 1, keys, words[: (values.size >> 1) + 1])
         halves = words.view(U16)[first & 1 :]
         for i in range(values.size):
             if U32(bits[i] & U32(0x7FFFFFFF)) < U32(0x7F7F0000):
                 out[i] = U16(U32(bits[i] + U32(halves[i])) >> U32(16))
-    elif code == F16:
-        fill_noise(first, keys, words[: values.size])
-        for i in range(values.size):
-            magnitude = FLOAT(abs(values[i]))
-            if magnitude < FLOAT(65504.0):
-                exponent = max(I32(U32(bits[i] & U32(0x7FFFFFFF)) >> U32(23)) - I32(127 + 10), I32(-24))
-                scaled = FLOAT(magnitude * U32(U32(127 - exponent) << U32(23)).view(FLOAT))
-                whole = FLOAT(np.floor(scaled))
-                signed = I32(I32(words[i]) >> I32(9))
-                uniform = FLOAT(FLOAT(FLOAT(signed) * FLOAT(2.0**-23)) + FLOAT(0.5 + 2.0**-24))
-                if FLOAT(scaled - whole) > uniform:
-                    whole = FLOAT(whole + FLOAT(1.0))
-                # The neighbours' bits count up from 0 in units of the spacing, and on from each exponent's first.
-                step = U32(U32(whole) + U32(U32(exponent + 24) << U32(10)))
-                out[i] = U16(U32(U32(bits[i] >> U32(16)) & U32(0x8000)) | step)
+        return
+    fill_noise(first, keys, words[: values.size])
+    random_bits = 23 if values.itemsize == 4 else 32
+    if code == BF16:
+        _narrow_by_comparison(values, words, random_bits, 8, -133, _TOP_BF16, out)
+    else:
+        _narrow_by_comparison(values, words, random_bits, 11, -24, _TOP_F16, out)

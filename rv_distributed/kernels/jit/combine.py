@@ -15,9 +15,9 @@ from rv_distributed.kernels.jit.arithmetic import (
     subtract,
 )
 from rv_distributed.kernels.jit.chance import fill_noise, narrow_by_chance
-from rv_distributed.kernels.jit.common import DOUBLE, F32, FLOAT, U32, WIDTHS, Array, aligned, copy, fill
+from rv_distributed.kernels.jit.common import DOUBLE, U32, WIDTHS, Array, aligned, copy, fill
 from rv_distributed.kernels.jit.convert import narrow, widen
-from rv_distributed.kernels.jit.measure import add_sums_f32, count_inexact, measure
+from rv_distributed.kernels.jit.measure import add_sums_of_values, count_inexact, measure
 from rv_distributed.kernels.strips import INEXACT, NO_TENSOR, NOTHING, STRIP
 
 
@@ -45,20 +45,22 @@ def combine(
 ) -> None:
     """Compute ``count`` elements from ``first_element`` of a tensor, in every output.
 
+    In float32 or float64, which is the dtype of ``alphas``, ``after`` and ``scratch``.
+
     ``arena`` (bytes) holds the operands: the target at ``target_at``, or none if ``target_code`` is `NO_TENSOR`: then
     there is one vector and one output, and the output is the vector. ``vectors`` (int64) has a row ``at, code, at,
-    code`` for plus and minus of each vector; a minus of the code `NO_TENSOR` is none. ``alphas`` (float32) has a row an
-    output and a column a vector. ``after`` (float32) is empty, or has a row ``divisor, scale`` an output: then the
+    code`` for plus and minus of each vector; a minus of the code `NO_TENSOR` is none. ``alphas`` has a row an
+    output and a column a vector. ``after`` is empty, or has a row ``divisor, scale`` an output: then the
     vectors are added to each other, ``fused`` or not, divided, scaled, and added to the target, or are the output where
     there is none. ``outs`` (bytes, contiguous) has a row an output, which gets elements of dtype ``code`` from byte
     ``at``. ``keys`` (uint32) are those of stochastic rounding, or empty for rounding to nearest. ``weighted`` says what
     is measured as v: the weighted sum of the vectors, or the one that there is. The measures are added to ``sums``
-    (float64) and ``counts`` (int64), which have a row an output. ``scratch`` (float32) has 3 rows and two for each
+    (float64) and ``counts`` (int64), which have a row an output. ``scratch`` has 3 rows and two for each
     output, ``spare`` (bytes) has 3 and ``steps`` (uint16) is one, all of at least `STRIP` elements.
     """
     width = WIDTHS[code]
     summed = after.shape[0] > 0
-    by_chance = keys.size > 0 and code != F32
+    by_chance = keys.size > 0 and width == 2
     for first in range(0, count, STRIP):
         n = min(STRIP, count - first)
         t, d, o = scratch[0, :n], scratch[1, :n], scratch[2, :n]
@@ -115,7 +117,7 @@ def combine(
                 if target_code == NO_TENSOR:
                     acc = scratch[4 + 2 * k, :n]
                 else:
-                    scale_and_add(t, scratch[4 + 2 * k, :n], FLOAT(1.0), acc)
+                    scale_and_add(t, scratch[4 + 2 * k, :n], scratch.dtype.type(1), acc)
             if target_code == code and not alphas[k].any():
                 copy(base, out)
             elif by_chance:
@@ -139,4 +141,4 @@ def all_sums(t: Array, v: Array, out: Array, alpha: float, sums: Array) -> None:
     """The sums of `add_sums` over float32, for what is computed elsewhere."""
     for first in range(0, v.size, STRIP):
         last = min(first + STRIP, v.size)
-        add_sums_f32(t[first:last], v[first:last], out[first:last], alpha, sums)
+        add_sums_of_values(t[first:last], v[first:last], out[first:last], alpha, sums)

@@ -17,15 +17,15 @@ PLAIN: Final[dict[str, Any]] = {
     "no_cfunc_wrapper": True,
 }
 
-U8, U16, U32 = np.uint8, np.uint16, np.uint32
+U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 I16, I32, I64 = np.int16, np.int32, np.int64
 FLOAT, DOUBLE = np.float32, np.float64
 Array = Any
 Convert = Callable[[Any], Any]
 
 #: Codes of dtypes, as in `rv_distributed.kernels.strips.CODES`.
-BF16, F16, F32 = 0, 1, 2
-WIDTHS: Final = (2, 2, 4)
+BF16, F16, F32, F64 = 0, 1, 2, 3
+WIDTHS: Final = (2, 2, 4, 8)
 
 
 @njit(**PLAIN)

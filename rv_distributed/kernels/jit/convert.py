@@ -1,4 +1,4 @@
-"""Elements of 16 bits to float32, which is exact, and back, rounded to nearest even."""
+"""Elements to float32 or float64, which is exact, and back, rounded to nearest even."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import njit
 
-from rv_distributed.kernels.jit.common import BF16, F16, FLOAT, PLAIN, U16, U32, Array, Convert, copy
+from rv_distributed.kernels.jit.common import BF16, DOUBLE, F16, F32, FLOAT, I32, PLAIN, U16, U32, Array, Convert, copy
 
 
 @njit(**PLAIN)
@@ -26,13 +26,27 @@ def from_f16(bits: Any) -> Any:
 
 
 @njit(**PLAIN)
-def as_f32(value: Any) -> Any:
+def same(value: Any) -> Any:
     return value
 
 
 @njit(**PLAIN)
+def _to_odd(value: Any) -> Any:
+    """The bits of a float32: the value itself, if it is one, or else the neighbour of it whose last bit is 1.
+
+    Why, and by whom: `rv_distributed.kernels.rounding`. Of float32, LLVM leaves nothing of it.
+    """
+    near = FLOAT(value)
+    magnitude, found = abs(DOUBLE(value)), abs(DOUBLE(near))
+    bits = near.view(U32)
+    away = I32(I32(magnitude > found) - I32(magnitude < found))
+    # One step of the bits is one step of the magnitude; NaN is neither greater nor less, and stays.
+    return U32(bits + U32(away * I32(~bits & U32(1))))
+
+
+@njit(**PLAIN)
 def to_bf16(value: Any) -> Any:
-    bits = FLOAT(value).view(U32)
+    bits = _to_odd(value)
     # Half a unit, or just less where the last bit is 0: what is larger carries into the upper half.
     half = U32(U32(0x7FFF) + U32(U32(bits >> U32(16)) & U32(1)))
     is_nan = U32(bits & U32(0x7FFFFFFF)) > U32(0x7F800000)
@@ -41,7 +55,7 @@ def to_bf16(value: Any) -> Any:
 
 @njit(**PLAIN)
 def to_f16(value: Any) -> Any:
-    bits = FLOAT(value).view(U32)
+    bits = _to_odd(value)
     sign = U32(U32(bits >> U32(16)) & U32(0x8000))
     magnitude = U32(bits & U32(0x7FFFFFFF))
     if magnitude > U32(0x7F800000):
@@ -72,13 +86,15 @@ _narrow_to_bf16, _narrow_to_f16 = _converting(to_bf16), _converting(to_f16)
 
 @njit(**PLAIN)
 def widen(raw: Array, code: int, into: Array) -> None:
-    """Float32 from the elements of ``raw``; exact."""
+    """Values from the elements of ``raw``; exact, but of float64 in float32."""
     if code == BF16:
         _widen_bf16(raw.view(U16), into)
     elif code == F16:
         _widen_f16(raw.view(U16), into)
-    else:
+    elif code == F32:
         copy(raw.view(FLOAT), into)
+    else:
+        copy(raw.view(DOUBLE), into)
 
 
 @njit(**PLAIN)
@@ -88,5 +104,7 @@ def narrow(values: Array, code: int, raw: Array) -> None:
         _narrow_to_bf16(values, raw.view(U16))
     elif code == F16:
         _narrow_to_f16(values, raw.view(U16))
-    else:
+    elif code == F32:
         copy(values, raw.view(FLOAT))
+    else:
+        copy(values, raw.view(DOUBLE))

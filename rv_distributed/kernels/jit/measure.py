@@ -20,10 +20,12 @@ from rv_distributed.kernels.jit.common import (
     PLAIN,
     U16,
     U32,
+    U64,
+    WIDTHS,
     Array,
     Convert,
 )
-from rv_distributed.kernels.jit.convert import as_f32, from_bf16, from_f16, widen
+from rv_distributed.kernels.jit.convert import from_bf16, from_f16, same, widen
 from rv_distributed.kernels.strips import (
     ABSORBED,
     CHANGED,
@@ -45,7 +47,9 @@ from rv_distributed.kernels.strips import (
 )
 
 #: The magnitude's bits of an infinity.
-INFINITY: Final = (0x7F80, 0x7C00, 0x7F800000)
+INFINITY: Final = (0x7F80, 0x7C00, 0x7F800000, 0x7FF0000000000000)
+#: More steps than an integer of 64 bits can count are so many.
+_MOST_STEPS: Final = 2**63 - 1
 _SUMS: Final[dict[str, Any]] = {**PLAIN, "fastmath": {"reassoc", "contract", "nsz"}}
 
 
@@ -71,7 +75,7 @@ def _adding_sums(convert: Convert) -> Callable[..., None]:
     return loop  # type: ignore[no-any-return]
 
 
-_add_sums_bf16, _add_sums_f16, add_sums_f32 = map(_adding_sums, (from_bf16, from_f16, as_f32))
+_add_sums_bf16, _add_sums_f16, add_sums_of_values = map(_adding_sums, (from_bf16, from_f16, same))
 
 
 @njit(**PLAIN)
@@ -81,8 +85,10 @@ def add_sums(t: Array, v: Array, out: Array, code: int, alpha: float, sums: Arra
         _add_sums_bf16(t, v, out.view(U16), alpha, sums)
     elif code == F16:
         _add_sums_f16(t, v, out.view(U16), alpha, sums)
+    elif code == F32:
+        add_sums_of_values(t, v, out.view(FLOAT), alpha, sums)
     else:
-        add_sums_f32(t, v, out.view(FLOAT), alpha, sums)
+        add_sums_of_values(t, v, out.view(DOUBLE), alpha, sums)
 
 
 @njit(**_SUMS)
@@ -95,86 +101,96 @@ def _add_squares(t: Array, v: Array, sums: Array) -> None:
     sums[T_SQ] += t_sq
 
 
+def _finding_steps(signed: Any, unsigned: Any, bits: int) -> Callable[..., tuple[Any, Any]]:
+    magnitude, middle, sign = signed(2 ** (bits - 1) - 1), unsigned(2 ** (bits - 1)), signed(bits - 1)
+
+    @njit(**PLAIN)
+    def loop(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
+        most = largest = unsigned(0)
+        for i in range(steps.size):
+            x, y = signed(target[i]), signed(out[i])
+            x_size, y_size = signed(x & magnitude), signed(y & magnitude)
+            largest = unsigned(max(largest, max(unsigned(x_size), unsigned(y_size))))
+            # Two's complement, in place of sign and magnitude, makes one sequence of all numbers, with one zero; and
+            # counted from its other end the differences need no sign.
+            x_sign, y_sign = signed(x >> sign), signed(y >> sign)
+            x_place = unsigned(unsigned(signed(signed(x_size ^ x_sign) - x_sign)) ^ middle)
+            y_place = unsigned(unsigned(signed(signed(y_size ^ y_sign) - y_sign)) ^ middle)
+            step = unsigned(max(x_place, y_place) - min(x_place, y_place))
+            most = unsigned(max(most, step))
+            steps[i] = U16(min(step, unsigned(0xFFFF)))
+        return I64(min(U64(most), U64(_MOST_STEPS))), I64(largest)
+
+    return loop  # type: ignore[no-any-return]
+
+
+_find_steps16, _find_steps32, _find_steps64 = map(_finding_steps, (I16, I32, I64), (U16, U32, U64), (16, 32, 64))
+
+
 @njit(**PLAIN)
-def _find_steps16(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
-    """How many numbers of a 16-bit dtype each element of ``out`` is away from that of ``target``.
+def _find_steps(target: Array, out: Array, code: int, steps: Array) -> tuple[Any, Any]:
+    """How many numbers of its dtype each element of ``out`` is away from that of ``target``; ``steps`` end where uint16
+    does.
 
     Returns the most, and the largest magnitude of all elements, as bits.
     """
-    most = largest = U16(0)
-    for i in range(steps.size):
-        x, y = I16(target[i]), I16(out[i])
-        x_size, y_size = I16(x & I16(0x7FFF)), I16(y & I16(0x7FFF))
-        largest = U16(max(largest, max(U16(x_size), U16(y_size))))
-        # Two's complement, in place of sign and magnitude, makes one sequence of all numbers, with one zero; and
-        # counted from its other end the differences need no sign.
-        x_sign, y_sign = I16(x >> I16(15)), I16(y >> I16(15))
-        x_place = U16(U16(I16(I16(x_size ^ x_sign) - x_sign)) ^ U16(0x8000))
-        y_place = U16(U16(I16(I16(y_size ^ y_sign) - y_sign)) ^ U16(0x8000))
-        steps[i] = U16(max(x_place, y_place) - min(x_place, y_place))
-        most = U16(max(most, steps[i]))
-    return I64(most), I64(largest)
+    if WIDTHS[code] == 2:
+        return _find_steps16(target.view(U16), out.view(U16), steps)
+    if code == F32:
+        return _find_steps32(target.view(U32), out.view(U32), steps)
+    return _find_steps64(target.view(U64), out.view(U64), steps)
 
 
 @njit(**PLAIN)
-def _find_steps32(target: Array, out: Array, steps: Array) -> tuple[Any, Any]:
-    """As `_find_steps16`, of float32; ``steps`` end where uint16 does."""
-    most = largest = U32(0)
-    for i in range(steps.size):
-        x, y = I32(target[i]), I32(out[i])
-        x_size, y_size = I32(x & I32(0x7FFFFFFF)), I32(y & I32(0x7FFFFFFF))
-        largest = U32(max(largest, max(U32(x_size), U32(y_size))))
-        x_sign, y_sign = I32(x >> I32(31)), I32(y >> I32(31))
-        x_place = U32(U32(I32(I32(x_size ^ x_sign) - x_sign)) ^ U32(0x80000000))
-        y_place = U32(U32(I32(I32(y_size ^ y_sign) - y_sign)) ^ U32(0x80000000))
-        step = U32(max(x_place, y_place) - min(x_place, y_place))
-        most = U32(max(most, step))
-        steps[i] = U16(min(step, U32(0xFFFF)))
-    return I64(most), I64(largest)
-
-
-@njit(**PLAIN)
-def _place(value: float) -> Any:
-    """The place of a float32 in the sequence of all of them."""
-    bits = I64(FLOAT(value).view(U32))
-    return -(bits & 0x7FFFFFFF) if bits >> 31 else bits
-
-
-@njit(**PLAIN)
-def _take_out_nonfinite(t: Array, v: Array, o: Array, steps: Array, counts: Array) -> Any:
+def _take_out_nonfinite(
+    t: Array, target: Array, v: Array, o: Array, out: Array, code: int, steps: Array, counts: Array
+) -> Any:
     """Count the changes from or to NaN and infinity, between which and other numbers there are no steps, and set
     their steps to 0; returns the most of the others. Called where there are some, which is rare."""
-    most = I64(0)
+    most, width = I64(0), WIDTHS[code]
     for i in range(steps.size):
         if np.isfinite(t[i]) and np.isfinite(o[i]):
-            cut_off = steps[i] == U16(0xFFFF)
-            most = max(most, abs(_place(t[i]) - _place(o[i])) if cut_off else I64(steps[i]))
+            here = slice(i * width, (i + 1) * width)
+            most = max(most, _find_steps(target[here], out[here], code, steps[i : i + 1])[0])
             continue
         if steps[i] != U16(0) and not (np.isnan(t[i]) and np.isnan(o[i])):
             counts[CHANGED] += 1
             # `_count_changes` will take it for one that is not changed.
-            counts[ABSORBED] -= v[i] != FLOAT(0)
+            counts[ABSORBED] -= v[i] != 0
         steps[i] = U16(0)
     return most
+
+
+def _counting_changes(signed: Any, magnitude: int) -> Callable[..., None]:
+    @njit(**PLAIN)
+    def loop(bits: Array, steps: Array, counts: Array) -> None:
+        largest = nonzero = changed = absorbed = signed(0)
+        for i in range(bits.size):
+            # As integers, magnitudes have their order, with NaN above all.
+            size = signed(bits[i] & signed(magnitude))
+            largest = signed(max(largest, size))
+            moves, moved = size != signed(0), steps[i] != U16(0)
+            nonzero = signed(nonzero + signed(moves))
+            changed = signed(changed + signed(moved))
+            absorbed = signed(absorbed + signed(moves & (not moved)))
+        counts[V_MAX_BITS] = max(counts[V_MAX_BITS], I64(largest))
+        counts[NONZERO] += nonzero
+        counts[CHANGED] += changed
+        counts[ABSORBED] += absorbed
+
+    return loop  # type: ignore[no-any-return]
+
+
+_count_changes32, _count_changes64 = map(_counting_changes, (I32, I64), (2**31 - 1, 2**63 - 1))
 
 
 @njit(**PLAIN)
 def _count_changes(v: Array, steps: Array, counts: Array) -> None:
     """Largest magnitude and elements that are not 0, of v; elements that are changed, and that v could not change."""
-    bits = v.view(I32)
-    largest = nonzero = changed = absorbed = I32(0)
-    for i in range(v.size):
-        # As integers, magnitudes have their order, with NaN above all.
-        size = I32(bits[i] & I32(0x7FFFFFFF))
-        largest = I32(max(largest, size))
-        moves, moved = size != I32(0), steps[i] != U16(0)
-        nonzero = I32(nonzero + I32(moves))
-        changed = I32(changed + I32(moved))
-        absorbed = I32(absorbed + I32(moves & (not moved)))
-    counts[V_MAX_BITS] = max(counts[V_MAX_BITS], I64(largest))
-    counts[NONZERO] += nonzero
-    counts[CHANGED] += changed
-    counts[ABSORBED] += absorbed
+    if v.itemsize == 4:
+        _count_changes32(v.view(I32), steps, counts)
+    else:
+        _count_changes64(v.view(I64), steps, counts)
 
 
 @njit(**PLAIN)
@@ -195,19 +211,27 @@ def _count_steps(steps: Array, ulps: Array) -> None:
         ulps[place] += count
 
 
+def _finding_largest(unsigned: Any, magnitude: int) -> Callable[..., Any]:
+    @njit(**PLAIN)
+    def loop(bits: Array) -> Any:
+        largest = unsigned(0)
+        for i in range(bits.size):
+            largest = unsigned(max(largest, unsigned(bits[i] & unsigned(magnitude))))
+        return I64(largest)
+
+    return loop  # type: ignore[no-any-return]
+
+
+_largest16, _largest32, _largest64 = map(_finding_largest, (U16, U32, U64), (2**15 - 1, 2**31 - 1, 2**63 - 1))
+
+
 @njit(**PLAIN)
 def _has_nonfinite(raw: Array, code: int) -> Any:
+    if WIDTHS[code] == 2:
+        return _largest16(raw.view(U16)) >= INFINITY[code]
     if code == F32:
-        bits32 = raw.view(U32)
-        top32 = U32(0)
-        for i in range(bits32.size):
-            top32 = U32(max(top32, U32(bits32[i] & U32(0x7FFFFFFF))))
-        return top32 >= U32(INFINITY[F32])
-    bits = raw.view(U16)
-    top = U16(0)
-    for i in range(bits.size):
-        top = U16(max(top, U16(bits[i] & U16(0x7FFF))))
-    return top >= U16(INFINITY[code])
+        return _largest32(raw.view(U32)) >= INFINITY[code]
+    return _largest64(raw.view(U64)) >= INFINITY[code]
 
 
 @njit(**PLAIN)
@@ -251,14 +275,11 @@ def measure(
             widen(out, code, o)
             _count_nonfinite(t, v, o, first, counts)
         return
-    if code == F32:
-        most, largest = _find_steps32(target.view(U32), out.view(U32), steps)
-    else:
-        most, largest = _find_steps16(target.view(U16), out.view(U16), steps)
+    most, largest = _find_steps(target, out, code, steps)
     if largest >= INFINITY[code]:
         widen(out, code, o)
         _count_nonfinite(t, v, o, first, counts)
-        most = _take_out_nonfinite(t, v, o, steps, counts)
+        most = _take_out_nonfinite(t, target, v, o, out, code, steps, counts)
     _count_changes(v, steps, counts)
     counts[ULPS_MAX] = max(counts[ULPS_MAX], most)
     if level == FULL:
