@@ -273,6 +273,16 @@ def test_progress_and_events_as_json_lines(models: Path, tmp_path: Path) -> None
     assert sum(entry["pieces"] for entry in document["workers"]) == document["plan"]["pieces"]
 
 
+def test_a_value_that_an_option_does_not_take_is_told_in_plain_words(models: Path, tmp_path: Path) -> None:
+    told = "Invalid value for '--stats' (env var: 'RV_STATS'): 'most' is not one of 'full', 'basic', 'none'."
+    given = rv(*transfer_of(models, tmp_path / "out", "--stats", "most"))
+    assert (given.returncode, given.stdout) == (2, "")
+    assert given.stderr.splitlines()[-1] == f"Error: {told}"
+    from_environment = rv(*transfer_of(models, tmp_path / "out", "--json"), env={"RV_STATS": "most"})
+    assert json.loads(from_environment.stdout)["error"]["message"] == told
+    assert from_environment.stderr.splitlines()[-1] == f"Error: {told}"
+
+
 @pytest.mark.parametrize("label", ["near", "=near"])
 def test_a_node_label_has_a_key_and_a_value(models: Path, tmp_path: Path, label: str) -> None:
     done = rv(*transfer_of(models, tmp_path / "out", "--node-label", label))
