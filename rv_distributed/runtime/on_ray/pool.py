@@ -127,10 +127,12 @@ class Pool:
                     self._welcome(call.worker, found)
                     continue
                 self._deaths = 0
-                self._done += len(found)
-                call.worker.done += len(found)
-                for result in found:
+                self._done += len(found.results)
+                call.worker.done += len(found.results)
+                for result in found.results:
                     yield result._replace(attempt=call.attempt)
+                if found.error is not None:
+                    raise found.error
 
     def kill(self) -> None:
         """End all actors, whatever they are doing."""
