@@ -55,6 +55,12 @@ def printable(text: str) -> str:
     return "\n".join(_NOT_ASCII.sub(_escape, line) for line in redacted(text).split("\n"))
 
 
+def without_prefix(message: str) -> str:
+    """A message of pydantic's, which checks recipe files and, within typer, options, without the words that it puts
+    before what a check of ours or of typer's says."""
+    return message.removeprefix("Value error, ")
+
+
 def _escape(found: re.Match[str]) -> str:
     return found[0] if found[0].isprintable() else found[0].encode("unicode_escape").decode()
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -27,7 +28,16 @@ from rv_distributed.cli import (
     version,
 )
 from rv_distributed.cli.terminal import say, warn
-from rv_distributed.errors import ChangedError, InputError, Interrupted, RunError, RvError, VerifyError, one_line
+from rv_distributed.errors import (
+    ChangedError,
+    InputError,
+    Interrupted,
+    RunError,
+    RvError,
+    VerifyError,
+    one_line,
+    without_prefix,
+)
 
 app = typer.Typer(
     name="rv",
@@ -85,13 +95,14 @@ def main() -> None:
         status = report_error(RvError(f"{error.filename or 'storage'}: {error.strerror or error}"))
     except Exception as error:
         # click's own errors know how to show themselves; anything else is a bug and keeps its traceback.
-        show = getattr(error, "show", None)
-        if show is None:
+        if not hasattr(error, "show"):
             raise
-        show()
+        of_click: Any = error
+        of_click.message = without_prefix(of_click.message)
+        of_click.show()
         status = 2
         if wants_json():
-            print_error(type(error).__name__, str(error), status)
+            print_error(type(error).__name__, of_click.format_message(), status)
     _let_go()
     gc.freeze()
     sys.exit(status if isinstance(status, int) else 0)

@@ -45,11 +45,13 @@ def diff(
       rv diff grpo sft --parquet changes.parquet
       rv diff out reference-output --exit-code --quiet
     """
+    from rv_distributed.cli.progress import bytes_display
     from rv_distributed.comparison import diff as compare
 
     if parquet is not None and os.path.lexists(parquet) and not overwrite:
         raise OutputError(f"{parquet} already exists. Give another --parquet, or --overwrite to replace it.")
-    found = compare(a, b)
+    with bytes_display("compared", shown=not quiet) as progress:
+        found = compare(a, b, progress=progress)
     if parquet is not None:
         _write(found, parquet)
     if json:

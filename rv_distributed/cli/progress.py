@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from rv_distributed.cli.options import LogFormat
 from rv_distributed.cli.terminal import warn
 from rv_distributed.errors import one_line
-from rv_distributed.job import Job
 from rv_distributed.logs import COMPILING, JsonLines
 from rv_distributed.units import show_bytes, show_seconds
 from rv_distributed.watching import Progress, Share
@@ -34,18 +34,30 @@ class Display:
 
 
 @contextmanager
-def progress_display(job: Job, log_format: LogFormat, *, shown: bool) -> Iterator[Display]:
-    """The callback to give to `Job.run`; while it is used, what the library logs is shown as well."""
+def progress_display(
+    bytes_total: int | None, log_format: LogFormat, *, shown: bool, what: str = "written"
+) -> Iterator[Display]:
+    """The callback to give to `Job.run`; while it is used, what the library logs is shown as well.
+
+    ``bytes_total`` is what a bar begins with, None where it is not known yet; ``what`` says what is done to the bytes.
+    """
     with _events(log_format, shown=shown):
         if not shown:
             yield Display(lambda _: None)
         elif log_format == "json":
             yield Display(_every_few_seconds(log_as_json))
         elif sys.stderr.isatty():
-            with _bar(job) as show:
+            with _bar(bytes_total) as show:
                 yield Display(show)
         else:
-            yield Display(_every_few_seconds(_warn_as_text))
+            yield Display(_every_few_seconds(partial(_warn_as_text, what)))
+
+
+@contextmanager
+def bytes_display(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """The callback for a command that is no run: it is told the bytes that are done so far, and those in all."""
+    with progress_display(None, "text", shown=shown, what=what) as display:
+        yield lambda done, total: display(Progress(0, 0, 0, done, total, 0.0, {}))
 
 
 @contextmanager
@@ -77,7 +89,7 @@ class _Handler(logging.Handler):
 
 
 @contextmanager
-def _bar(job: Job) -> Iterator[Callable[[Progress], None]]:
+def _bar(bytes_total: int | None) -> Iterator[Callable[[Progress], None]]:
     # Imported here: rich takes a while, and most commands never draw.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -85,7 +97,7 @@ def _bar(job: Job) -> Iterator[Callable[[Progress], None]]:
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=job.bytes_out)
+        task = bar.add_task("", total=bytes_total)
 
         def show(progress: Progress) -> None:
             bar.update(task, completed=progress.bytes_written, total=progress.bytes_total)
@@ -114,11 +126,11 @@ def _every_few_seconds(show: Callable[[Progress, float], None]) -> Callable[[Pro
     return limited
 
 
-def _warn_as_text(progress: Progress, speed: float) -> None:
+def _warn_as_text(what: str, progress: Progress, speed: float) -> None:
     left = (progress.bytes_total - progress.bytes_written) / max(speed, 1e-9)
     warn(
         f"{progress.bytes_written / max(1, progress.bytes_total):4.0%}  "
-        f"{show_bytes(progress.bytes_written)} of {show_bytes(progress.bytes_total)} written, "
+        f"{show_bytes(progress.bytes_written)} of {show_bytes(progress.bytes_total)} {what}, "
         f"{show_bytes(speed)}/s, {show_seconds(left)} left"
     )
 

@@ -45,7 +45,7 @@ def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: 
         return
     if job.pushes and not talks:
         hide_upload_bars()
-    with progress_display(job, common.log_format, shown=not common.quiet) as display:
+    with progress_display(job.bytes_out, common.log_format, shown=not common.quiet) as display:
         manifests = job.run(display)
     odd = [text for out, manifest in zip(_places(job), manifests, strict=True) for text in oddities(out, manifest)]
     for warning in odd:

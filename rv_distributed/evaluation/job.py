@@ -93,8 +93,6 @@ def prepare_evaluation(target: str, vector: Vector | None, out: str, options: Ev
     or else with those of the tasks; OutputError when ``out`` is something else.
     """
     _check_packages(options.means)
-    if choose_runtime(options.run) == "local":
-        choose_device(options.run.device)
     out = resolve_output(out)
     for option, place in (("--target", resolve(target)), ("--out", out)):
         if is_remote(place):
@@ -161,8 +159,11 @@ class EvaluationJob:
     def run(self, progress: Callable[[Progress], None] | None = None) -> Evaluation:
         """Make the models and ask them all. The result files are written also where pairs failed.
 
-        Raises OutputError and RunError of the models' run; a pair that fails is in the result.
+        Raises UsageError where there is no GPU that was asked for; OutputError and RunError of the models' run. A pair
+        that fails is in the result.
         """
+        if choose_runtime(self.options.run) == "local":
+            choose_device(self.options.run.device)  # may import torch, which a dry run is spared
         if self.writes_models and self.job is not None:
             self.job.run()
         answers, failures = dict(self.kept), []

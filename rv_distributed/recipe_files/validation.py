@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from rv_distributed.errors import InputError, Problem
+from rv_distributed.errors import InputError, Problem, without_prefix
 from rv_distributed.recipe_files.document import Document
 from rv_distributed.recipe_files.fields import Fields
 
@@ -25,7 +25,7 @@ def validate(document: Document, fields: type[_FieldsT], remedy: str) -> _Fields
 
 def _problem(document: Document, error: Any, remedy: str) -> Problem:
     kinds = {"extra_forbidden": "is not supported", "missing": "is missing"}
-    what = kinds.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")
+    what = kinds.get(error["type"]) or without_prefix(str(error["msg"]))
     if what.startswith("Input should"):
         what = f"is {error['input']!r:.60}, but{what.removeprefix('Input')}".replace("but should", "but it should")
     return document.problem(_in_document(document, error["loc"]), what, remedy)

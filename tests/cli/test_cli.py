@@ -221,17 +221,34 @@ def test_verify_exits_with_3_and_names_the_tensor_of_a_flipped_byte(models: Path
     assert finding["stop"] == (out / "model.safetensors").stat().st_size
 
 
-def test_a_terminal_gets_a_bar_and_the_output_is_the_same(models: Path, tmp_path: Path) -> None:
+def on_a_terminal(*args: str | Path) -> tuple[subprocess.CompletedProcess[bytes], bytes]:
+    """What ``rv ARGS`` did, and what it drew on its stderr."""
     leader, follower = pty.openpty()
-    argv = [*RV, *map(str, transfer_of(models, tmp_path / "out"))]
+    argv = [*RV, *map(str, args)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=follower, timeout=120, check=False)
+    os.write(follower, b"\n")  # there is something to read
     os.close(follower)
     drawn = os.read(leader, 65536)
     os.close(leader)
+    return done, drawn
+
+
+def test_a_terminal_gets_a_bar_and_the_output_is_the_same(models: Path, tmp_path: Path) -> None:
+    done, drawn = on_a_terminal(*transfer_of(models, tmp_path / "out"))
     assert done.returncode == 0
     assert b"MB" in drawn
     assert b"Traceback" not in drawn
     assert rv("verify", tmp_path / "out").returncode == 0
+
+
+@pytest.mark.parametrize(("option", "drawn"), [("--json", True), ("--quiet", False)])
+def test_a_comparison_on_a_terminal_has_a_bar_and_the_same_stdout(models: Path, option: str, drawn: bool) -> None:
+    args: tuple[str | Path, ...] = ("diff", models / "donor", models / "reference", option)
+    done, seen = on_a_terminal(*args)
+    assert done.returncode == 0
+    assert done.stdout.decode() == rv(*args).stdout
+    assert (b"MB" in seen) == drawn
+    assert b"Traceback" not in seen
 
 
 def test_the_demo_ends_with_the_same_bytes_both_ways(tmp_path: Path) -> None:
@@ -281,6 +298,16 @@ def test_progress_and_events_as_json_lines(models: Path, tmp_path: Path) -> None
     named = {entry["worker"] for entry in document["workers"]}
     assert named <= {event["worker"] for event in came_up}
     assert sum(entry["pieces"] for entry in document["workers"]) == document["plan"]["pieces"]
+
+
+def test_a_value_that_an_option_does_not_take_is_told_in_plain_words(models: Path, tmp_path: Path) -> None:
+    told = "Invalid value for '--stats' (env var: 'RV_STATS'): 'most' is not one of 'full', 'basic', 'none'."
+    given = rv(*transfer_of(models, tmp_path / "out", "--stats", "most"))
+    assert (given.returncode, given.stdout) == (2, "")
+    assert given.stderr.splitlines()[-1] == f"Error: {told}"
+    from_environment = rv(*transfer_of(models, tmp_path / "out", "--json"), env={"RV_STATS": "most"})
+    assert json.loads(from_environment.stdout)["error"]["message"] == told
+    assert from_environment.stderr.splitlines()[-1] == f"Error: {told}"
 
 
 @pytest.mark.parametrize("label", ["near", "=near"])

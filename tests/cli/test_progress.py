@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
 
 import pytest
 
@@ -33,8 +32,20 @@ def test_the_speed_is_that_since_the_first_piece(monkeypatch: pytest.MonkeyPatch
 def test_compiling_is_shown_and_of_the_rest_what_is_amiss(
     capsys: pytest.CaptureFixture[str], shown: bool, wanted: str
 ) -> None:
-    with module.progress_display(cast(Any, None), "text", shown=shown):
+    with module.progress_display(None, "text", shown=shown):
         logging.getLogger(COMPILING).info("compiling %s, once", "f")
         logging.getLogger("rv_distributed.runtime").info("worker w is up")
         logging.getLogger("rv_distributed.runtime").warning("lost worker %s", "w")
     assert capsys.readouterr().err == wanted
+
+
+def test_a_command_that_is_no_run_tells_its_bytes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with module.bytes_display("compared", shown=True) as show:
+        for now, done in ((101.0, 0), (111.0, 1_000_000)):
+            clock[0] = now
+            show(done, 4_000_000)
+    assert capsys.readouterr() == ("", " 25%  1 MB of 4 MB compared, 100 kB/s, 30.0 s left\n")

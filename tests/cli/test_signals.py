@@ -18,7 +18,7 @@ import contextlib, os, threading
 import rv_distributed.cli.run as run
 
 @contextlib.contextmanager
-def display(job, log_format, *, shown):
+def display(bytes_total, log_format, *, shown):
     def show(progress):
         if progress.pieces == 2:
             os.kill(os.getpid(), int(os.environ["TEST_SIGNAL"]))

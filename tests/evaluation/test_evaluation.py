@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -276,6 +279,27 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     assert done.status == 2, done
     assert told in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_imports_neither_torch_nor_ray(place: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom rv_distributed.cli import main\n"
+        "try:\n    main()\nfinally:\n    print(sorted({'torch', 'ray'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    # Whether there is a GPU only torch can tell, and only a run has to know.
+    given = ("--target", place / "target", *moved(place), "--task-path", place / "tasks", "--out", tmp_path / "out")
+    argv = [sys.executable, "-c", script, "eval", *given, "--tasks", "tiny_choice,tiny_text", "--device", "cuda"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(place / "cache")}
+    done = subprocess.run(
+        [*map(str, argv), "--runtime", "local", "--dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
 
 
 def test_models_are_loaded_from_local_folders_and_results_go_to_one(place: Path, tmp_path: Path) -> None:

@@ -223,6 +223,10 @@ def refused(tmp_path: Path, text: str) -> list[str]:
         ("merge_method: ties\nmodels: [{model: a}]", "1: merge_method: is 'ties', but it should be 'linear' or"),
         ("merge_method: linear\nslices: []\nmodels: [{model: a, parameters: {weight: 1}}]", "2: slices: is not supp"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {density: 1}}]", "2: models.0.parameters.density: is"),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: yes}}]",
+            "2: models.0.parameters.weight: is true",
+        ),
         ("merge_method: linear\ntokenizer: {source: a}\nmodels: [{model: a}]", "2: tokenizer: is not supported"),
         ("merge_method: linear\ntokenizer_source: union\nmodels: [{model: a}]", "2: tokenizer_source: is 'union'"),
         ("merge_method: linear\nchat_template: auto\nmodels: [{model: a}]", "2: chat_template: is not supported"),

@@ -115,11 +115,11 @@ def test_both_runtimes_decode_and_requantize_to_the_same_bytes(tmp_path: Path) -
     assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} <= made.keys()
 
 
-def staged(models: Path, folder: Path) -> tuple[list[PieceTask], WorkerConfig, rv.Job]:
+def staged(models: Path, folder: Path, plan: PlanOptions = SMALL) -> tuple[list[PieceTask], WorkerConfig, rv.Job]:
     """Tasks and configuration of a run whose shards are ready in ``folder``."""
     target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
     recipe = rv.Recipe("transfer", target, (rv.Vector(donor, reference),), ((0.7,),))
-    job = rv.prepare(recipe, [str(folder / "out")], SMALL, rv.RunOptions(runtime="ray"))
+    job = rv.prepare(recipe, [str(folder / "out")], plan, rv.RunOptions(runtime="ray"))
     for shard in job.plan.shards:
         preallocate(str(folder / shard.name), shard.size)
     streams, chunk_bytes, arenas, buffer_bytes = job.sizing
@@ -166,16 +166,25 @@ def test_how_many_pieces_go_in_one_call(models: Path, tmp_path: Path, sizes: lis
     assert [each for group in found for each in group] == tasks
 
 
+A_TENSOR_A_SHARD = PlanOptions(max_shard_bytes=65_000)
+
+
+def make_small_tensors(folder: Path, count: int) -> None:
+    """Three checkpoints whose tensors take 64 kB each."""
+    rng = np.random.default_rng(3)
+    for role in ("target", "donor", "reference"):
+        tensors = {f"layers.{number}.weight": weights(rng, "BF16", (32_000,)) for number in range(count)}
+        write_checkpoint(folder / role, tensors)
+
+
 @pytest.mark.usefixtures("cluster")
 def test_small_pieces_go_several_to_a_call_and_are_made_again_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng, count = np.random.default_rng(3), 60
-    for role in ("target", "donor", "reference"):
-        tensors = {f"layers.{number}.weight": weights(rng, "BF16", (32_000,)) for number in range(count)}
-        write_checkpoint(tmp_path / role, tensors)
+    count = 60
+    make_small_tensors(tmp_path, count)
     target, donor, reference = (str(tmp_path / role) for role in ("target", "donor", "reference"))
-    plan, local = PlanOptions(max_shard_bytes=65_000), rv.RunOptions(runtime="local")
+    plan, local = A_TENSOR_A_SHARD, rv.RunOptions(runtime="local")
     rv.transfer(target, donor, reference, str(tmp_path / "local"), plan_options=plan, run_options=local)
     largest = max(path.stat().st_size for path in (tmp_path / "local").glob("*.safetensors"))
     calls: list[tuple[int, int]] = []
@@ -273,6 +282,18 @@ def test_a_piece_that_cannot_be_read_fails_at_once_with_its_own_error(models: Pa
 
 
 @pytest.mark.usefixtures("cluster")
+def test_what_a_call_has_made_is_kept_when_its_next_piece_fails(tmp_path: Path) -> None:
+    make_small_tensors(tmp_path, 12)
+    tasks, config, job = staged(tmp_path, tmp_path, A_TENSOR_A_SHARD)
+    assert [len(group) for group in pool._grouped(iter(tasks))] == [12]
+    (tmp_path / tasks[7].shard_name).unlink()
+    done: list[int] = []
+    with runtime_of(job, workers=1) as runtime, pytest.raises(rv.PieceError, match=tasks[7].shard_name):
+        done.extend(result.piece for result in runtime.run(iter(tasks), config))
+    assert done == [task.piece.number for task in tasks[:7]]
+
+
+@pytest.mark.usefixtures("cluster")
 def test_cuda_is_refused_where_the_cluster_has_none(models: Path, tmp_path: Path) -> None:
     with pytest.raises(rv.UsageError, match="no GPUs"):
         run(models, tmp_path / "out", runtime="ray", device="cuda")
@@ -283,9 +304,9 @@ def test_cuda_is_refused_where_the_cluster_has_none(models: Path, tmp_path: Path
 def test_gpus_that_a_cluster_may_still_get_are_waited_for(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "_START_S", 0.5)
+    monkeypatch.setattr(pool, "START_S", 0.5)
     monkeypatch.setattr(pool, "_LOOK_S", 0.1)
-    with pytest.raises(rv.WorkerError, match="no worker came up in 0 s: no node of the cluster has 1 CPU, 1 GPU"):
+    with pytest.raises(rv.WorkerError, match="no worker came up in 0 s: no node of the cluster has 1 CPU, 1 GPU and"):
         run(models, tmp_path / "out", runtime="ray", device="cuda", workers=2)
     assert not (tmp_path / "out").exists()
 

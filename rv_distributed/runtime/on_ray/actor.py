@@ -31,6 +31,14 @@ class Ready(NamedTuple):
     """Ray's id of its node."""
 
 
+class Made(NamedTuple):
+    """What came of a call for some pieces."""
+
+    results: list[PieceResult]
+    error: RvError | None
+    """What the piece after those failed with; the rest of them was not begun."""
+
+
 class Actor:
     """A `Worker` in a process of its own. `start` is apart from the constructor, whose errors Ray hides.
 
@@ -57,13 +65,15 @@ class Actor:
         self._metrics = WorkerMetrics(self._job)
         return Ready(self._worker.name, self._node)
 
-    def run(self, pickled: bytes, attempt: int) -> list[PieceResult] | RvError:
+    def run(self, pickled: bytes, attempt: int) -> Made:
         """Make some pieces. Their tasks come pickled: Ray's own pickler takes five times as long."""
         tasks: tuple[PieceTask, ...] = pickle.loads(pickled)  # noqa: S301 - from our driver, as Ray would unpickle it
+        results: list[PieceResult] = []
         try:
-            return [self._make(task, attempt) for task in tasks]
+            results.extend(self._make(task, attempt) for task in tasks)
         except RvError as error:
-            return error
+            return Made(results, error)
+        return Made(results, None)
 
     def _make(self, task: PieceTask, attempt: int) -> PieceResult:
         began = time.monotonic()

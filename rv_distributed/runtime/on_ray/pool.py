@@ -13,7 +13,7 @@ import pickle
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -26,12 +26,13 @@ from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.model import PieceResult, WorkerConfig, patience_s
 from rv_distributed.runtime.on_ray.actor import Actor, Ready
 from rv_distributed.runtime.on_ray.metrics import DriverMetrics
+from rv_distributed.units import show_bytes
 
 _LOG = logging.getLogger(__name__)
 #: Attempts at one piece before the run fails.
 MAX_ATTEMPTS: Final = 3
 #: Longest wait while no worker is up: a cluster that scales up from nothing needs minutes.
-_START_S: Final = 900.0
+START_S: Final = 900.0
 #: How often the cluster is asked what became of it.
 _LOOK_S: Final = 5.0
 #: Longest call of ray.wait: what a signal handler raises comes out only at its end.
@@ -126,10 +127,12 @@ class Pool:
                     self._welcome(call.worker, found)
                     continue
                 self._deaths = 0
-                self._done += len(found)
-                call.worker.done += len(found)
-                for result in found:
+                self._done += len(found.results)
+                call.worker.done += len(found.results)
+                for result in found.results:
                     yield result._replace(attempt=call.attempt)
+                if found.error is not None:
+                    raise found.error
 
     def kill(self) -> None:
         """End all actors, whatever they are doing."""
@@ -147,7 +150,7 @@ class Pool:
     def _add_actor(self) -> None:
         worker = _Worker(ray.remote(Actor).options(**self._options).remote())
         self._workers.add(worker)
-        self._calls[worker.actor.start.remote(self._config)] = _Call(worker, (), 0, time.monotonic() + _START_S)
+        self._calls[worker.actor.start.remote(self._config)] = _Call(worker, (), 0, time.monotonic() + START_S)
 
     def _welcome(self, worker: _Worker, ready: Ready) -> None:
         worker.ready = ready
@@ -174,10 +177,7 @@ class Pool:
         """See to what nobody tells: actors that hang, nodes that are drained, a cluster that has grown."""
         now = self._looked = time.monotonic()
         if not self._up and all(call.due <= now for call in self._calls.values()):
-            raise WorkerError(
-                f"no worker came up in {_START_S:.0f} s: no node of the cluster has {self._options['num_cpus']} CPU, "
-                f"{self._options['num_gpus']} GPU and {self._options['memory']} bytes of memory to spare"
-            )
+            raise without_place(self._options, START_S)
         hanging = {call.worker for call in self._calls.values() if call.due <= now and call.tasks}
         for ref, call in list(self._calls.items()):
             if call.worker in hanging:
@@ -185,7 +185,7 @@ class Pool:
                 self._lose(call, "it did not finish in time, and hangs")
             elif call.due <= now:
                 # There are others: an actor that never comes up is no reason to stop.
-                self._calls[ref] = call._replace(due=now + _START_S)
+                self._calls[ref] = call._replace(due=now + START_S)
         self._drain(_draining_nodes())
         self._grow()
         self._metrics.progress(self._done / self._pieces)
@@ -266,6 +266,18 @@ def wait(calls: list[Any], timeout_s: float) -> list[Any]:
             raise error.__cause__ from None
         raise
     return ended
+
+
+def without_place(options: Mapping[str, Any], waited_s: float) -> WorkerError:
+    """What to raise when nothing that asks Ray for these options was given a place for ``waited_s`` seconds."""
+    asked = [f"{options['num_cpus']} CPU", f"{options['num_gpus']} GPU"]
+    asked += [f"{show_bytes(options['memory'])} of memory"] if "memory" in options else []
+    labels = ", ".join(f"{key}={value}" for key, value in options.get("label_selector", {}).items())
+    return WorkerError(
+        f"no worker came up in {waited_s:.0f} s: no node of the cluster{' with ' if labels else ''}{labels} has "
+        f"{', '.join(asked[:-1])} and {asked[-1]} to spare. Wait until one has, or ask for less: see "
+        "--cpus-per-worker, --device, --node-label and --memory-budget"
+    )
 
 
 def brief(error: RayError) -> str:
