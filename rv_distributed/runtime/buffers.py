@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from contextlib import suppress
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ from rv_distributed.storage import Reader
 from rv_distributed.storage.ranges import ALIGNMENT
 
 Bytes = npt.NDArray[np.uint8]
+#: Of Linux from 5.14 on; Python has no name for it.
+_MADV_POPULATE_WRITE: Final = 23
 
 
 class Buffer:
@@ -37,6 +40,9 @@ class Buffer:
             # Copying, computing and above all direct I/O look up each page.
             with suppress(OSError):
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
+            # What a run needs it has from its start on, and never more: memory that is missing is missed then.
+            with suppress(OSError):
+                self._memory.madvise(_MADV_POPULATE_WRITE)
         self.view = memoryview(self._memory)
         self.array: Bytes = np.frombuffer(self._memory, np.uint8)
         if self._pinned:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +77,16 @@ def test_cuda_pins_the_memory_of_one_buffer_after_another() -> None:
     for _ in range(20):
         Buffer(1 << 20, pinned=True).grow(3 << 20)
         gc.collect()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is made when it is touched")
+def test_a_buffer_has_all_of_its_memory_from_the_start() -> None:
+    """So a run that there is no memory for ends at once, and takes as much of it whatever it copies."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    buffer = Buffer(64 << 20)
+    assert resident() - before > 60 << 20
+    assert not buffer.array.any()
