@@ -163,4 +163,4 @@ def test_a_run_has_the_buffers_that_fit_its_workers_not_those_that_were_expected
     job = rv.prepare(inputs.recipe(0.5), [str(tmp_path / "out")], rv.PlanOptions(), rv.RunOptions(runtime="ray"))
     expected, found = job._worker_config([], WorkerShape(1, False)), job._worker_config([], WorkerShape(4, True))
     assert (expected.streams, expected.cpus, expected.buffer_bytes) == (3, 1, job.sizing.buffer_bytes)
-    assert (found.streams, found.cpus, found.buffer_bytes) == (12, 4, 4 * job.sizing.buffer_bytes)
+    assert (found.streams, found.cpus, found.buffer_bytes) == (6, 4, 2 * job.sizing.buffer_bytes)

@@ -10,7 +10,7 @@ from typing import get_args
 from rv_distributed.checkpoint.dtypes import FROM_USER
 from rv_distributed.checkpoint.key_mapping import KeyRule, flaw_of
 from rv_distributed.errors import UsageError
-from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES
+from rv_distributed.plan.layout import PIECE_ALIGNMENT
 from rv_distributed.recipe import ComputeDType, Missing, Role, Rounding, Stats, VocabMismatch, check_pattern
 
 
@@ -27,8 +27,8 @@ class PlanOptions:
     """Only tensors whose name this regular expression finds get the vectors."""
     exclude: str | None = None
     """Tensors whose name this regular expression finds do not get the vectors."""
-    piece_bytes: int = PIECE_BYTES
-    """Size of the unit of scheduling: 1 MiB times a power of two."""
+    piece_bytes: int | None = None
+    """Size of the unit of scheduling: 1 MiB times a power of two; None for 8 to 64 MiB, by the size of the output."""
     rounding: Rounding = "nearest"
     """To outputs of 16 bits: nearest (even), or stochastic, whose expectation is the value that is rounded."""
     seed: int = 0
@@ -58,8 +58,9 @@ class PlanOptions:
         if self.max_shard_bytes <= 0:
             raise UsageError("the largest shard must have a positive size")
         # Then the measures add up to the same sums for every size.
-        if self.piece_bytes < PIECE_ALIGNMENT or self.piece_bytes & (self.piece_bytes - 1):
-            raise UsageError(f"pieces must be of 1 MiB times a power of two, not of {self.piece_bytes} bytes")
+        size = self.piece_bytes
+        if size is not None and (size < PIECE_ALIGNMENT or size & (size - 1)):
+            raise UsageError(f"pieces must be of 1 MiB times a power of two, not of {size} bytes")
         for name, value, choices in (
             ("rounding", self.rounding, Rounding),
             ("compute dtype", self.compute_dtype, ComputeDType),
