@@ -252,6 +252,35 @@ def test_pieces_of_a_frozen_worker_are_made_by_others_and_it_does_no_harm_when_i
 
 
 @pytest.mark.usefixtures("cluster")
+def test_a_run_whose_last_pieces_are_made_on_draining_nodes_waits_for_nobody(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a cluster is scaled down at the end."""
+    tasks, config, job = staged(models, tmp_path)
+    config = replace(config, streams=1)
+    done: set[int] = set()
+    drained: set[str] = set()
+
+    def drain(self: pool.Pool, _nodes: set[str]) -> None:
+        assert len(done) < 2, "all is done, and it waits"
+        # With both pieces it has all that it takes, and so never asked for a third.
+        full = {worker.ready.node for worker in self._up if worker.ready and worker.calls == 2}
+        drained.update(full)
+        real(self, full)
+
+    real = pool.Pool._drain
+    monkeypatch.setattr(pool.Pool, "_drain", drain)
+    monkeypatch.setattr(pool, "_LOOK_S", 0.0)
+    # With all CPUs, so that there is no place for another.
+    alone = RayRuntime(rv.RunOptions(workers=1, cpus_per_worker=6), pieces=len(job.plan.pieces))
+    with alone as runtime:
+        for result in runtime.run(iter(tasks[:2]), config):
+            done.add(result.piece)
+    assert drained
+    assert done == {task.piece.number for task in tasks[:2]}
+
+
+@pytest.mark.usefixtures("cluster")
 def test_workers_that_always_hang_end_the_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "patience_s", lambda _task, _outputs: -1.0)
     monkeypatch.setattr(pool, "_LOOK_S", 0.0)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import ray
@@ -85,7 +86,8 @@ class Pool:
         self._workers: set[_Worker] = set()
         """All that were asked for and not lost."""
         self._up: list[_Worker] = []
-        self._requeued: deque[tuple[tuple[PieceTask, ...], int]] = deque()
+        self._waiting: deque[tuple[tuple[PieceTask, ...], int]] = deque()
+        """What goes to the next worker, each with the number of the attempt: what was lost, or else the next tasks."""
         self._done = 0
         self._deaths = 0
         """Since a piece was finished."""
@@ -159,19 +161,25 @@ class Pool:
 
     def _fill(self, groups: Iterator[tuple[PieceTask, ...]]) -> bool:
         """Give every ready actor as many calls as it has streams, and one to wait for its turn; whether no task is
-        left to be given to anyone."""
+        left to be given to anyone, which is to be known also where nobody can take one."""
         for depth in range(self._config.streams + 1):
             for worker in self._up:
                 if worker.calls > depth or worker.draining:
                     continue
-                tasks, attempt = self._requeued.popleft() if self._requeued else (next(groups, ()), 1)
-                if not tasks:
+                if not self._has_tasks(groups):
                     return True
+                tasks, attempt = self._waiting.popleft()
                 # Twice their patience: they may have to wait for another call, which the actor works at before.
                 due = time.monotonic() + 2 * max(patience_s(task, len(self._config.outputs)) for task in tasks)
                 self._calls[worker.actor.run.remote(pickle.dumps(tasks), attempt)] = _Call(worker, tasks, attempt, due)
                 worker.calls += 1
-        return False
+        return not self._has_tasks(groups)
+
+    def _has_tasks(self, groups: Iterator[tuple[PieceTask, ...]]) -> bool:
+        """Whether any wait for a worker; the next ones are taken out of ``groups`` to know."""
+        if not self._waiting:
+            self._waiting.extend((tasks, 1) for tasks in islice(groups, 1))
+        return bool(self._waiting)
 
     def _look(self) -> None:
         """See to what nobody tells: actors that hang, nodes that are drained, a cluster that has grown."""
@@ -224,7 +232,7 @@ class Pool:
                 what = f"it and the {len(others)} pieces after it" if others else "it"
                 raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making {what}; the last one: {cause}")
             self._metrics.retry(len(tasks))
-            self._requeued.append((tasks, call.attempt + 1))
+            self._waiting.append((tasks, call.attempt + 1))
 
     def _replace_or_give_up(self, lost: _Worker, cause: str) -> None:
         """Workers that die at once, one after the other, are not replaced for ever; nor is any when none gets on."""
