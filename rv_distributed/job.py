@@ -187,8 +187,9 @@ class Job:
 
         began = time.monotonic()
         done: list[tuple[PieceResult, float]] = []
+        config = self._worker_config(stagings, runtime.shape)
         # Closed before the stagings are: no worker may write once another run can take the place.
-        with closing(runtime.run(tasks(), self._worker_config(stagings, runtime.shape))) as results:
+        with closing(runtime.run(tasks(), config, kept=len(kept))) as results:
             for result in results:
                 shard = self.plan.shards[self.plan.pieces[result.piece].shard].name
                 made = zip(reducers, stagings, result.outputs, result.states, strict=True)

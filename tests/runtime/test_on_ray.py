@@ -281,6 +281,39 @@ def test_a_run_whose_last_pieces_are_made_on_draining_nodes_waits_for_nobody(
 
 
 @pytest.mark.usefixtures("cluster")
+def test_what_is_kept_counts_as_progress_and_gets_no_workers(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel = threading.Event()
+
+    def progress(now: rv.Progress) -> None:
+        if now.pieces == now.pieces_total - 1:
+            cancel.set()
+
+    target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
+    alone, out = rv.RunOptions(runtime="local", workers=1), str(tmp_path / "out")
+    how: dict[str, Any] = {"alpha": 0.7, "plan_options": SMALL, "run_options": alone}
+    with pytest.raises(rv.Cancelled):
+        rv.transfer(target, donor, reference, out, **how, progress=progress, cancel=cancel)
+    asked: list[pool.Pool] = []
+    shown: list[float] = []
+
+    def add_actor(self: pool.Pool) -> None:
+        asked.append(self)
+        real(self)
+
+    real = pool.Pool._add_actor
+    monkeypatch.setattr(pool.Pool, "_add_actor", add_actor)
+    monkeypatch.setattr("ray.util.metrics.Gauge.set", lambda _self, value: shown.append(value))
+    monkeypatch.setattr(pool, "_LOOK_S", 0.0)
+    timings = run(models, tmp_path / "out", runtime="ray", workers=4).timings
+    assert timings.pieces_kept == timings.pieces - 1
+    assert set(shown) == {timings.pieces_kept / timings.pieces, 1.0}
+    assert shown[-1] == 1.0
+    assert len(asked) == 1
+
+
+@pytest.mark.usefixtures("cluster")
 def test_workers_that_always_hang_end_the_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "patience_s", lambda _task, _outputs: -1.0)
     monkeypatch.setattr(pool, "_LOOK_S", 0.0)

@@ -73,12 +73,15 @@ class _Worker:
 
 
 class Pool:
-    """Runs tasks on as many actors as ``wanted`` says, each asked of Ray with ``options``."""
+    """Runs tasks on as many actors as ``wanted`` says, each asked of Ray with ``options``. Of the ``pieces`` of the
+    run, ``kept`` are finished already and not among the tasks."""
 
-    def __init__(self, config: WorkerConfig, wanted: Callable[[], int], options: dict[str, Any], pieces: int) -> None:
+    def __init__(
+        self, config: WorkerConfig, wanted: Callable[[], int], options: dict[str, Any], *, pieces: int, kept: int
+    ) -> None:
         self._config = config
         self._wanted = wanted
-        self._most_deaths = wanted() + MAX_ATTEMPTS
+        self._most_deaths = min(pieces - kept, wanted()) + MAX_ATTEMPTS
         self._options = options
         self._pieces = pieces
         self._metrics = DriverMetrics(ray.get_runtime_context().get_job_id())
@@ -88,7 +91,7 @@ class Pool:
         self._up: list[_Worker] = []
         self._waiting: deque[tuple[tuple[PieceTask, ...], int]] = deque()
         """What goes to the next worker, each with the number of the attempt: what was lost, or else the next tasks."""
-        self._done = 0
+        self._done = kept
         self._deaths = 0
         """Since a piece was finished."""
         self._stillborn = 0
@@ -105,6 +108,7 @@ class Pool:
         while True:
             everything_is_out = self._fill(groups)
             if everything_is_out and not any(call.tasks for call in self._calls.values()):
+                self._metrics.progress(self._done, self._pieces)
                 return
             if not self._calls:
                 raise WorkerError("no worker is left, and those that were asked for died at once")
@@ -146,7 +150,7 @@ class Pool:
         if self._stillborn >= self._most_deaths:
             return
         serving = sum(not worker.draining for worker in self._workers)
-        for _ in range(self._wanted() - serving):
+        for _ in range(min(self._pieces - self._done, self._wanted()) - serving):
             self._add_actor()
 
     def _add_actor(self) -> None:
@@ -196,7 +200,7 @@ class Pool:
                 self._calls[ref] = call._replace(due=now + START_S)
         self._drain(_draining_nodes())
         self._grow()
-        self._metrics.progress(self._done / self._pieces)
+        self._metrics.progress(self._done, self._pieces)
 
     def _drain(self, nodes: set[str]) -> None:
         """Give no new pieces to workers on these nodes, and end those that have none left."""
