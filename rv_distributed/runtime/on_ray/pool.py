@@ -38,6 +38,8 @@ START_S: Final = 900.0
 _LOOK_S: Final = 5.0
 #: Longest call of ray.wait: what a signal handler raises comes out only at its end.
 _WAIT_S: Final = 1.0
+#: How long those that work are left to themselves once others only die.
+_REST_S: Final = 900.0
 #: Pieces smaller than this together go in one call, which takes far longer than they do; but not too many, since they
 #: have the patience of one.
 _CALL_BYTES: Final = 1 << 20
@@ -81,7 +83,6 @@ class Pool:
     ) -> None:
         self._config = config
         self._wanted = wanted
-        self._most_deaths = min(pieces - kept, wanted()) + MAX_ATTEMPTS
         self._options = options
         self._pieces = pieces
         self._metrics = DriverMetrics(ray.get_runtime_context().get_job_id())
@@ -92,10 +93,14 @@ class Pool:
         self._waiting: deque[tuple[tuple[PieceTask, ...], int]] = deque()
         """What goes to the next worker, each with the number of the attempt: what was lost, or else the next tasks."""
         self._done = kept
+        self._most_deaths = 0
+        """Of workers, one after the other: as many as there were at most may die together, with their nodes."""
         self._deaths = 0
         """Since a piece was finished."""
         self._stillborn = 0
-        """Workers that were lost before they finished a piece."""
+        """Workers that were lost before they finished a piece, since one finished its first."""
+        self._rests_until = 0.0
+        """By the monotonic clock."""
         self._looked = time.monotonic()
 
     def run(self, tasks: Iterator[PieceTask]) -> Iterator[PieceResult]:
@@ -132,6 +137,8 @@ class Pool:
                 if not call.tasks:
                     self._welcome(call.worker, found)
                     continue
+                if not call.worker.done:
+                    self._stillborn = 0
                 self._deaths = 0
                 self._done += len(found.results)
                 call.worker.done += len(found.results)
@@ -146,11 +153,14 @@ class Pool:
             ray.kill(worker.actor)
 
     def _grow(self) -> None:
-        """Ask for the actors that the run can use and does not have."""
-        if self._stillborn >= self._most_deaths:
-            return
+        """Ask for the actors that the run can use and does not have. Where all that come die before they finish a
+        piece while others work, a broken node is not to be asked again and again."""
+        wanted = min(self._pieces - self._done, self._wanted())
+        self._most_deaths = max(self._most_deaths, wanted + MAX_ATTEMPTS)
         serving = sum(not worker.draining for worker in self._workers)
-        for _ in range(min(self._pieces - self._done, self._wanted()) - serving):
+        if serving and self._stillborn >= self._most_deaths and time.monotonic() < self._rests_until:
+            return
+        for _ in range(wanted - serving):
             self._add_actor()
 
     def _add_actor(self) -> None:
@@ -239,10 +249,12 @@ class Pool:
             self._waiting.append((tasks, call.attempt + 1))
 
     def _replace_or_give_up(self, lost: _Worker, cause: str) -> None:
-        """Workers that die at once, one after the other, are not replaced for ever; nor is any when none gets on."""
+        """Workers that die one after the other, with no piece finished in between, are not replaced for ever."""
         self._deaths += 1
-        self._stillborn += lost.done == 0
-        if self._deaths >= self._most_deaths or (self._stillborn >= self._most_deaths and not self._workers):
+        if not lost.done:
+            self._stillborn += 1
+            self._rests_until = time.monotonic() + _REST_S
+        if self._deaths >= self._most_deaths:
             raise WorkerError(f"workers keep dying; the last one: {cause}")
         self._grow()
 
