@@ -181,14 +181,15 @@ class Job:
         def tasks() -> Iterator[PieceTask]:
             for piece in self.plan.pieces:
                 # Workers ask for the next task before the results of others come.
-                _check(cancel)
+                check_cancel(cancel)
                 if piece.number not in kept:
                     yield task_of(self.plan, piece)
 
         began = time.monotonic()
         done: list[tuple[PieceResult, float]] = []
+        config = self._worker_config(stagings, runtime.shape)
         # Closed before the stagings are: no worker may write once another run can take the place.
-        with closing(runtime.run(tasks(), self._worker_config(stagings, runtime.shape))) as results:
+        with closing(runtime.run(tasks(), config, kept=len(kept))) as results:
             for result in results:
                 shard = self.plan.shards[self.plan.pieces[result.piece].shard].name
                 made = zip(reducers, stagings, result.outputs, result.states, strict=True)
@@ -198,7 +199,7 @@ class Job:
                 watch.add(result)
                 # Of its outputs, the reducers have what is wanted.
                 done.append((result._replace(outputs=()), time.monotonic() - began))
-                _check(cancel)
+                check_cancel(cancel)
         shares = watch.workers.values()
         timings = Timings(
             run_s=time.monotonic() - began,
@@ -241,6 +242,7 @@ class Job:
         return LocalRuntime(self.options.device, expected_shape(self.options, self.runtime))
 
 
-def _check(cancel: threading.Event) -> None:
+def check_cancel(cancel: threading.Event) -> None:
+    """Raise Cancelled once the event is set."""
     if cancel.is_set():
         raise Cancelled("stopped by its caller; the same call resumes")

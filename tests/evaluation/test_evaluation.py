@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from refusal import Done, run_rv
 from schemas import check
 
 import rv_distributed as rv
+from rv_distributed.evaluation.job import EvaluationJob, Progress
 from rv_distributed.evaluation.perturbations import perturb
 
 pytestmark = [
@@ -146,6 +148,44 @@ def test_finished_pairs_are_kept_and_only_the_others_are_asked(place: Path, writ
     pairs = check("prepared", done.stdout)["evaluation"]["pairs"]
     assert [pair["kept"] for pair in pairs] == [True, False] * len(ALPHAS)
     assert "12 of them asked" not in done.stdout
+
+
+def test_an_evaluation_that_its_caller_cancels_keeps_what_is_finished(place: Path, tmp_path: Path) -> None:
+    cancel, seen = threading.Event(), list[Progress]()
+    options = rv.EvaluationOptions(
+        (rv.Ask("tiny_choice"), rv.Ask("tiny_text")),
+        means=rv.Means(task_paths=(str(place / "tasks"),), batch_size="16"),
+        run=rv.RunOptions(runtime="local"),
+    )
+
+    def prepared() -> EvaluationJob:
+        return rv.prepare_evaluation(str(place / "target"), rv.Vector(str(place / "vector")), str(out), options)
+
+    def progress(now: Progress) -> None:
+        seen.append(now)
+        cancel.set()
+
+    out = tmp_path / "out"
+    with pytest.raises(rv.Cancelled, match="same call resumes"):
+        prepared().run(progress, cancel)
+    assert len(seen) == len(prepared().kept) == 1
+    assert not (out / "rv_eval.json").exists()
+    prepared().run()
+    assert (out / "rv_eval.json").exists()
+
+
+def test_an_evaluation_that_is_cancelled_before_it_begins_makes_no_model(place: Path, tmp_path: Path) -> None:
+    cancel, out = threading.Event(), tmp_path / "out"
+    cancel.set()
+    options = rv.EvaluationOptions(
+        (rv.Ask("tiny_text"),),
+        means=rv.Means(task_paths=(str(place / "tasks"),)),
+        run=rv.RunOptions(runtime="local"),
+    )
+    job = rv.prepare_evaluation(str(place / "target"), rv.Vector(str(place / "vector")), str(out), options)
+    with pytest.raises(rv.Cancelled):
+        job.run(cancel=cancel)
+    assert not list((out / "models").glob("alpha*"))
 
 
 def test_a_changed_model_or_task_is_asked_again(copied: Path) -> None:

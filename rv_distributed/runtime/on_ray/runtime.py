@@ -67,10 +67,13 @@ class RayRuntime:
             with _own_sigterm():
                 ray.shutdown()
 
-    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
+    def run(
+        self, tasks: Iterable[PieceTask], config: WorkerConfig, *, kept: int = 0
+    ) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`."""
         device = self._options.device if self.shape.has_gpu else "cpu"
-        pool = Pool(replace(config, device=device), self._wanted, self._requests(config), self._pieces)
+        config = replace(config, device=device)
+        pool = Pool(config, self._wanted, self._requests(config), pieces=self._pieces, kept=kept)
         try:
             yield from pool.run(iter(tasks))
         finally:
@@ -79,7 +82,7 @@ class RayRuntime:
     def _wanted(self) -> int:
         """How many actors are of use: as many as asked for, or as the cluster has room for just now."""
         room = _resource("GPU") if self.shape.has_gpu else _resource("CPU") // self.shape.cpus
-        return min(self._pieces, self._options.workers or max(1, room))
+        return self._options.workers or max(1, room)
 
     def placement(self) -> dict[str, Any]:
         """Ray's options for where a worker runs, and on how much; known once it is entered."""
