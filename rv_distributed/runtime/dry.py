@@ -41,10 +41,11 @@ class DryChunk(NamedTuple):
 class DryStream:
     """The buffers of one thread."""
 
-    def __init__(self, config: WorkerConfig, fetching: Executor) -> None:
+    def __init__(self, config: WorkerConfig, fetching: Executor, stop: threading.Event) -> None:
+        """``fetching`` and ``stop`` are as in `Arena`."""
         self._chunk_bytes = config.chunk_bytes
         self._processor = threading.Semaphore(1)
-        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor, fetching=fetching)
+        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor, fetching=fetching, stop=stop)
         self._made = Buffer(config.chunk_bytes)
         self._computer = PartComputer(config, config.device)
 
@@ -88,10 +89,11 @@ def each_piece(
 ) -> Iterator[_Result]:
     """What ``look`` finds in every piece, in their order, from ``config.streams`` threads at once."""
     streams = threading.local()
+    stop = threading.Event()
 
     def run(task: PieceTask) -> _Result:
         if not hasattr(streams, "own"):
-            streams.own = DryStream(config, fetching)
+            streams.own = DryStream(config, fetching, stop)
         return look(streams.own, task)
 
     fetching = ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch")
@@ -99,5 +101,6 @@ def each_piece(
     try:
         yield from pool.map(run, tasks)
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
         fetching.shutdown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-import time
+import threading
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol, TypeVar
 
@@ -88,11 +88,12 @@ class ObjectReader:
     is_remote: Final = True
     cache_fd: Final = -1
 
-    def __init__(self, source: Source, path: str, key: str) -> None:
-        self._source, self.path, self._key = source, path, key
+    def __init__(self, source: Source, path: str, key: str, stop: threading.Event | None = None) -> None:
+        """``stop`` is as in `patiently`."""
+        self._source, self.path, self._key, self._stop = source, path, key, stop
 
     def read(self, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
-        done = _read_into(self._source, self._key, buffer[at : at + nbytes], offset)
+        done = _read_into(self._source, self._key, buffer[at : at + nbytes], offset, self._stop)
         if done < nbytes:
             text = f"the object ends at byte {offset + done}; it was longer when it was opened"
             raise OSError(errno.EIO, text, self.path)
@@ -104,7 +105,7 @@ class ObjectReader:
         pass
 
 
-def _read_into(source: Source, key: str, window: memoryview, offset: int) -> int:
+def _read_into(source: Source, key: str, window: memoryview, offset: int, stop: threading.Event | None) -> int:
     """Fill ``window``; how much of it was there. What came before an error does not come again."""
     # Only workers need it. It lets go of the interpreter while it copies.
     import numpy as np
@@ -116,7 +117,7 @@ def _read_into(source: Source, key: str, window: memoryview, offset: int) -> int
         to[done : done + len(data)] = np.frombuffer(data, np.uint8)
         done += len(data)
 
-    patiently(lambda: source.fetch(key, offset + done, offset + len(window), take), lambda: done)
+    patiently(lambda: source.fetch(key, offset + done, offset + len(window), take), lambda: done, stop)
     return done
 
 
@@ -127,11 +128,13 @@ def read_all(source: Source, key: str, start: int = 0, stop: int | None = None) 
     return bytes(got)
 
 
-def patiently(do: Callable[[], _T], so_far: Callable[[], int] = lambda: 0) -> _T:
+def patiently(do: Callable[[], _T], so_far: Callable[[], int] = lambda: 0, stop: threading.Event | None = None) -> _T:
     """Call ``do``, and again after a `TransientError`, with longer and longer waits in between.
 
-    Tries are counted from the last time that one got any further, which ``so_far`` tells.
+    Tries are counted from the last time that one got any further, which ``so_far`` tells. Once ``stop`` is set there
+    are no more: a run that is stopped does not wait until a store is well again.
     """
+    stop = stop or threading.Event()
     tries, reached = 0, so_far()
     while True:
         try:
@@ -142,4 +145,5 @@ def patiently(do: Callable[[], _T], so_far: Callable[[], int] = lambda: 0) -> _T
             if tries >= _MOST_TRIES:
                 raise
             longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**tries)
-            time.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
+            if stop.wait(random.uniform(longest / 2, longest)):  # noqa: S311 - no secret
+                raise
