@@ -35,6 +35,7 @@ from rv_distributed.errors import (
     RunError,
     RvError,
     VerifyError,
+    WorkerError,
     one_line,
     without_prefix,
 )
@@ -91,6 +92,9 @@ def main() -> None:
         status = done.exit_code
     except RvError as error:
         status = report_error(error)
+        if isinstance(error, WorkerError):
+            # A thread may hang in the storage for ever, and Python would wait for it. All is printed, and flushed.
+            os._exit(status)
     except OSError as error:
         status = report_error(RvError(f"{error.filename or 'storage'}: {error.strerror or error}"))
     except Exception as error:
