@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import typer
 
@@ -60,6 +60,9 @@ app.command("eval", context_settings={"auto_envvar_prefix": "RV_EVAL"})(evaluate
 app.add_typer(recipe.app, name="recipe")
 # Options behind the name of the command that is submitted are that command's.
 app.command(context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": "RV_SUBMIT"})(submit.submit)
+
+#: Those that go on where they were when they are run again.
+_RESUMABLE: Final = frozenset({"extract", "apply", "transfer", "run", "eval", "push"})
 
 
 def _show_version(wanted: bool) -> None:
@@ -116,7 +119,7 @@ def report_error(error: RvError) -> int:
     """Print an error, as JSON too where that was asked for, and return its exit status."""
     hint = "\nNothing that was finished is lost: run the same command again to resume."
     stopped = isinstance(error, (Interrupted, RunError)) and not isinstance(error, ChangedError)
-    resumable = stopped and not {"diff", "verify"} & set(sys.argv[1:2])
+    resumable = stopped and bool(_RESUMABLE & set(sys.argv[1:2]))
     # The errors with lists have a line for each entry; in the others, a line end came with a name.
     text = str(error) if isinstance(error, (InputError, VerifyError)) else one_line(str(error))
     warn(f"rv: {text}{hint if resumable else ''}")
