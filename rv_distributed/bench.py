@@ -20,7 +20,8 @@ from typing import Final
 
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import OutputError, UsageError, redacted
-from rv_distributed.runtime.select import usable_cpus
+from rv_distributed.runtime.select import RunOptions, expected_shape
+from rv_distributed.runtime.sizing import default_streams
 from rv_distributed.storage.publish import preallocate
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
 
@@ -107,7 +108,8 @@ def _timed(nbytes: int, make: Callable[[], Callable[[int], None]], flush: str | 
         except OSError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(2 * usable_cpus())]
+    streams = default_streams(expected_shape(RunOptions(), "local"))
+    threads = [threading.Thread(target=work) for _ in range(streams)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()

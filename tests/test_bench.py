@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rv_distributed import OutputError
+from rv_distributed import OutputError, bench
 from rv_distributed.bench import StorageSpeed, known_speed, measure_storage
+from rv_distributed.runtime import select
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,24 @@ def test_a_measurement_is_kept_for_the_file_system_and_leaves_no_file(tmp_path: 
     assert min(speed.write, speed.read, speed.cached_read, speed.mixed) > 0
     assert list(folder.iterdir()) == []
     assert known_speed(str(tmp_path)) == speed
+
+
+@pytest.mark.parametrize(("cpus", "has_gpu", "threads"), [(2, False, 6), (64, False, 24), (16, True, 6)])
+def test_it_is_measured_with_the_threads_of_a_run(
+    cpus: int, has_gpu: bool, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(select, "may_have_gpus", lambda: has_gpu)
+    made: list[memoryview] = []
+    chunk = bench._random_chunk
+
+    def counted() -> memoryview:
+        made.append(chunk())
+        return made[-1]
+
+    monkeypatch.setattr(bench, "_random_chunk", counted)
+    measure_storage(str(tmp_path), 1 << 20)
+    assert len(made) == 5 * threads, "one a thread in three measurements, two in the one that reads and writes"
 
 
 def test_an_unreadable_cache_is_no_measurement(tmp_path: Path) -> None:
