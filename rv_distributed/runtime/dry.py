@@ -4,8 +4,9 @@ those of the worker."""
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -87,7 +88,10 @@ def dry_config(plan: Plan, *, output: str, stats: Stats) -> WorkerConfig:
 def each_piece(
     tasks: Iterable[PieceTask], config: WorkerConfig, look: Callable[[DryStream, PieceTask], _Result]
 ) -> Iterator[_Result]:
-    """What ``look`` finds in every piece, in their order, from ``config.streams`` threads at once."""
+    """What ``look`` finds in every piece, in their order, from ``config.streams`` threads at once.
+
+    Tasks are taken shortly before their turn: those of a large model take much memory.
+    """
     streams = threading.local()
     stop = threading.Event()
 
@@ -98,8 +102,14 @@ def each_piece(
 
     fetching = ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch")
     pool = ThreadPoolExecutor(config.streams)
+    begun: deque[Future[_Result]] = deque()
     try:
-        yield from pool.map(run, tasks)
+        for task in tasks:
+            begun.append(pool.submit(run, task))
+            if len(begun) == 2 * config.streams:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
