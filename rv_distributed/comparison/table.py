@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rv_distributed.checkpoint.parquet import write_parquet
 from rv_distributed.comparison.model import Diff, Sums, TensorDiff
 
 
@@ -27,7 +28,6 @@ def row_of(tensor: TensorDiff) -> dict[str, Any]:
 def write_diff(diff: Diff) -> bytes:
     """The rows as a Parquet file."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     types: dict[str, Any] = {
         **dict.fromkeys(("name", "a_dtype", "b_dtype"), pa.string()),
@@ -35,8 +35,4 @@ def write_diff(diff: Diff) -> bytes:
         **dict.fromkeys(("elements", "differing"), pa.int64()),
         **dict.fromkeys(("fraction", "norm", "a_norm", "b_norm", "relative", "cosine", "largest"), pa.float64()),
     }
-    rows = [row_of(tensor) for tensor in diff.tensors]
-    table = pa.table({name: [row[name] for row in rows] for name in types}, schema=pa.schema(list(types.items())))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return bytes(sink.getvalue())
+    return write_parquet((row_of(tensor).values() for tensor in diff.tensors), types)
