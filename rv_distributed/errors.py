@@ -27,6 +27,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+#: Problems with the tensors of an input, or the like, that are told one by one.
+MAX_REPORTED: Final = 20
 _MAX_QUOTED: Final = 1000
 _NOT_ASCII: Final = re.compile(r"[^ -~]")
 _USER_INFO: Final = re.compile(r"(?<=://)[^\s/@\\\"']+@")

@@ -31,13 +31,12 @@ from rv_distributed.staging.records import (
 )
 from rv_distributed.storage import open_store
 from rv_distributed.storage.object_lease import leased_object
-from rv_distributed.storage.objects import OWN_FOLDER, patiently, read_all
+from rv_distributed.storage.objects import OWN_FOLDER, PARALLEL_READS, patiently, read_all
 from rv_distributed.storage.protocols import ObjectStore
 
 _PLAN: Final = f"{OWN_FOLDER}plan.json"
 _LOCK: Final = f"{OWN_FOLDER}lock.json"
 _RECORDS: Final = f"{OWN_FOLDER}records/"
-_PARALLEL_READS: Final = 16
 
 
 class ObjectStaging:
@@ -84,7 +83,7 @@ class ObjectStaging:
         """Pieces whose record is whole and whose object is the one that it tells of."""
         present = self._place.listed("")
         names = [name for name in present if name.startswith(_RECORDS)]
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
             lines = pool.map(lambda name: self._place.read(name).decode(errors="replace"), names)
             records = [record for record in map(unpack_record, lines) if record is not None]
         found = {}

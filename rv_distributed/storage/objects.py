@@ -17,6 +17,8 @@ from rv_distributed.storage.protocols import ObjectStore, TransientError
 OWN_FOLDER: Final = ".rv/"
 #: Large reads go in requests of this size: small enough to come again after an error, large enough to be few.
 REQUEST_BYTES: Final = 16 << 20
+#: Small reads that are under way at once, of headers or records.
+PARALLEL_READS: Final = 16
 #: Of what a shard is sent in, unless it is so large that there would be too many.
 PART_BYTES: Final = 8 << 20
 #: Parts that are on their way while the next one is filled.
