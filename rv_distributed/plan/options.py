@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, fields
+from typing import Final, get_args
 
 from rv_distributed.checkpoint.dtypes import FROM_USER
 from rv_distributed.checkpoint.key_mapping import KeyRule, flaw_of
@@ -119,3 +119,9 @@ class PlanOptions:
             ("key_mapping", json.dumps(self.key_mapping, ensure_ascii=False)),
             ("sidecars_from", self.sidecars_from or ""),
         )
+
+
+#: The options that the command line and recipe files have, too, by the same names and with the same values.
+SHARED_OPTIONS: Final = tuple(
+    field.name for field in fields(PlanOptions) if field.name not in ("max_shard_bytes", "piece_bytes", "key_mapping")
+)
