@@ -54,15 +54,10 @@ class ObjectStaging:
         with ExitStack() as stack:
             lock = self._place.key(_LOCK)
             self._lease = stack.enter_context(leased_object(self._place.store, lock, subject=out))
-            if not overwrite and self._place.has(MANIFEST_FILE) and not self._resumes():
+            if not overwrite and self._place.has(MANIFEST_FILE):
                 raise OutputError(f"{out} already exists. Give another --out, or --overwrite to replace it.")
             self._held = self._claim(restart)
             self._closing = stack.pop_all()
-
-    def _resumes(self) -> bool:
-        """Whether a run was stopped after it had published, before it had cleaned up."""
-        held = self._place.held()
-        return held is not None and self._place.is_published(held)
 
     def _claim(self, restart: bool) -> Held:
         held = None if restart else self._place.held()

@@ -166,6 +166,18 @@ def test_of_two_runs_only_one_can_win(out: str) -> None:
     assert content(out, MANIFEST_FILE) == b'{"of": "another"}'
 
 
+def test_what_another_run_has_just_published_is_not_taken_for_an_unfinished_one(out: str) -> None:
+    """It has let go of the place, and not cleaned up yet."""
+    staging = open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    staging.publish(b"{}")
+    staging.close()
+    with pytest.raises(OutputError, match="already exists"):
+        open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    assert content(out, MANIFEST_FILE) == b"{}"
+    assert ".rv/plan.json" in keys_below(out)
+    assert ".rv/lock.json" not in keys_below(out)
+
+
 def test_what_is_wrong_with_a_place_is_found_before_the_run_with_all_else(
     s3: StoreServer, in_s3: str, out: str
 ) -> None:
