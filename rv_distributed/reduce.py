@@ -151,7 +151,8 @@ class Reducer:
 
 
 def check_unchanged(plan: Plan) -> None:
-    """Raise ChangedError when an input file is not in the state in which the plan saw it."""
+    """Raise ChangedError when an input file is not in the state in which the plan saw it, and OSError when its storage
+    cannot tell."""
     for item in plan.inputs:
         folder = open_folder(item.uri)
         states = folder.states(file.name for file in item.files)

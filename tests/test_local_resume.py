@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -218,6 +219,27 @@ def test_an_input_that_changes_during_the_run_stops_the_commit(
     with pytest.raises(rv.ChangedError, match=f"{which}/model.safetensors changed"):
         inputs.run(tmp_path / "out", progress=progress)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_storage_that_cannot_tell_whether_an_input_changed_costs_no_pieces(inputs: Inputs, tmp_path: Path) -> None:
+    file = str(inputs.donor / "model.safetensors")
+    stat = os.stat
+
+    def stale(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        if path == file:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return stat(path, *args, **more)
+
+    def progress(now: rv.Progress) -> None:
+        if now.pieces == now.pieces_total:
+            failing.setattr(os, "stat", stale)
+
+    told = r"donor/model\.safetensors: Stale file handle"
+    with pytest.MonkeyPatch.context() as failing, pytest.raises(rv.RunError, match=told) as caught:
+        inputs.run(tmp_path / "out", progress=progress)
+    assert type(caught.value) is rv.RunError
+    manifest = inputs.run(tmp_path / "out")
+    assert manifest.timings.pieces_kept == manifest.timings.pieces
 
 
 def test_an_input_that_is_cut_short_during_the_run_fails_it(inputs: Inputs, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ class Folder(Protocol):
         ...
 
     def states(self, names: Iterable[str]) -> dict[str, str]:
-        """The present state of these files, as `files` reports it, without those that are gone."""
+        """The present state of these files, as `files` reports it, without those that are gone. Raises OSError when the
+        storage cannot tell."""
         ...
 
     def path(self, name: str) -> str:
