@@ -13,6 +13,7 @@ from rv_distributed.errors import Problem
 from rv_distributed.storage import open_store
 from rv_distributed.storage.objects import OWN_FOLDER, patiently
 from rv_distributed.storage.protocols import ObjectStore
+from rv_distributed.storage.uris import parse_store_uri
 
 
 def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool) -> Problem | None:
@@ -20,13 +21,14 @@ def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool) ->
 
     The last is found by writing a tiny object, which is removed again.
     """
-    store, key = open_store(out)
+    key = parse_store_uri(out).path
     if not key:
         return Problem(out, "is a whole bucket", "Give a folder in it as --out.")
     for uri in inputs:
         if is_remote(uri) and (within(uri, out) or within(out, uri)):
             return Problem(out, f"the output and the input {uri} overlap", "Give another --out.")
     try:
+        store, _ = open_store(out)
         names = {found.key.removeprefix(f"{key}/") for found in patiently(lambda: list(store.list(f"{key}/")))}
         is_ours = MANIFEST_FILE in names or any(name.startswith(OWN_FOLDER) for name in names)
         if MANIFEST_FILE in names and not overwrite:

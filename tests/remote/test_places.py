@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from refusal import run_rv
@@ -192,6 +193,24 @@ def test_what_is_wrong_with_a_place_is_found_before_the_run_with_all_else(
         assert "nowhere" in done.stderr
         assert "cannot be written to: access denied" in done.stderr
         assert keys_below(out) == set()
+
+
+def test_stores_that_cannot_be_opened_are_told_with_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    inputs = ["--target", "s3://unopened/a", "--donor", "gs://unopened/b", "--reference", str(tmp_path / "none")]
+    done = run_rv("transfer", *inputs, "--out", "gs://unopened/out", *OPTIONS)
+    assert done.status == 2
+    assert "4 problems with the inputs" in done.stderr
+    for place, what in (
+        ("s3://unopened/a: cannot be listed", "profile (nobody)"),
+        ("gs://unopened/b: cannot be listed", "no Google credentials"),
+        ("/none: does not exist", ""),
+        ("gs://unopened/out: cannot be written to", "no Google credentials"),
+    ):
+        assert any(place in line and what in line for line in done.stderr.splitlines()), (place, done.stderr)
+    assert run_rv("verify", "gs://unopened/b").status == 2
 
 
 @pytest.mark.parametrize(
