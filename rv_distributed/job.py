@@ -136,6 +136,8 @@ class Job:
             try:
                 timings, pieces = self._stream(runtime, stagings, reducers, kept, watch, cancel)
                 watch.committing()
+                # Every commit does so again; but NaN, or a small file that cannot be read, may come of a change.
+                check_unchanged(self.plan)
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
                         reducer.check_finite()
