@@ -230,9 +230,15 @@ def test_places_that_cannot_be_are_refused(s3: StoreServer, in_s3: str, place: s
     assert what in done.stderr
 
 
-def test_a_trial_leaves_nothing(s3: StoreServer, in_s3: str, out: str) -> None:
-    done = run_rv(*transfer(s3, in_s3, out, "--dry-run"))
-    assert done.status == 0, done.stderr
+@pytest.mark.parametrize(("more", "status", "tries"), [(["--dry-run"], 0, False), (["--donor", "nowhere"], 2, True)])
+def test_a_trial_leaves_nothing_and_a_dry_run_does_without(
+    s3: StoreServer, in_s3: str, out: str, more: list[str], status: int, tries: bool
+) -> None:
+    with proxy_to(s3.port) as proxy:
+        through = s3.uri(out.partition(f"{BUCKET}/")[2].partition("?")[0], proxy.port)
+        done = run_rv(*transfer(s3, in_s3, through, *more))
+        assert done.status == status, done.stderr
+        assert any(request.method not in ("GET", "HEAD") for request in proxy.seen) == tries
     assert keys_below(out) == set()
 
 
