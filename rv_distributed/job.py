@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 from rv_distributed.checkpoint.distributed import METADATA_FILE
@@ -108,7 +108,8 @@ class Job:
         try:
             made = self._make(progress, cancel or threading.Event()) if self.todo else {}
         except PieceError:
-            check_unchanged(self.plan)  # then that is the cause
+            with suppress(OSError):
+                check_unchanged(self.plan)  # a change is the cause then
             raise
         except OSError as error:
             raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
@@ -135,6 +136,8 @@ class Job:
             try:
                 timings, pieces = self._stream(runtime, stagings, reducers, kept, watch, cancel)
                 watch.committing()
+                # Every commit does so again; but NaN, or a small file that cannot be read, may come of a change.
+                check_unchanged(self.plan)
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
                         reducer.check_finite()

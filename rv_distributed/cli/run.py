@@ -33,7 +33,7 @@ def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: 
     """Prepare, show the plan, run, show what became of it. Raises whatever the library raises."""
     talks = not (common.json or common.quiet)
     began = time.monotonic()
-    job = prepare(recipe, outs, plan_options, common.run_options())
+    job = prepare(recipe, outs, plan_options, common.run_options(), dry_run=common.dry_run)
     for warning in job.warnings:
         warn(f"warning: {one_line(warning)}")
     if talks:

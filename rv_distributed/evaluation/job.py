@@ -282,6 +282,8 @@ def _check_packages(means: Means) -> None:
 def _check_place(out: str) -> None:
     if os.path.lexists(out) and not os.path.isdir(out):
         raise OutputError(f"{out} is no folder. Give another --out.")
-    strangers = sorted(set(os.listdir(out)) - _OURS) if os.path.isdir(out) else []
+    names = os.listdir(out) if os.path.isdir(out) else []
+    # A run that was killed may have left a file that `write_durably` had not renamed yet.
+    strangers = sorted(name for name in names if name.removesuffix(".new") not in _OURS)
     if strangers:
         raise OutputError(f"{out} holds {strangers[0]}, which is not of an evaluation. Give another --out.")

@@ -78,13 +78,12 @@ def open_folder(uri: str | os.PathLike[str]) -> Folder:
     if is_remote(place):
         from rv_distributed.storage.objects import ObjectFolder
 
-        store, key = open_store(place)
-        return ObjectFolder(store, place, key)
+        return ObjectFolder(parse_store_uri(place))
     return PosixFolder(place)
 
 
 def open_store(uri: str) -> tuple[ObjectStore, str]:
-    """The object store behind a resolved URI, and the key in it."""
+    """The object store behind a resolved URI, and the key in it. Raises as `store_of`."""
     from rv_distributed.storage.stores import store_of
 
     parsed = parse_store_uri(uri)

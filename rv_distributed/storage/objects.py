@@ -12,6 +12,8 @@ from rv_distributed.checkpoint.model import FileState
 from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import InputError, Problem
 from rv_distributed.storage.protocols import ObjectStore, TransientError
+from rv_distributed.storage.stores import store_of
+from rv_distributed.storage.uris import StoreUri
 
 #: What a run keeps in a prefix besides its output, until that is complete.
 OWN_FOLDER: Final = ".rv/"
@@ -41,10 +43,14 @@ class Source(Protocol):
 class ObjectFolder:
     """All objects below a prefix."""
 
-    def __init__(self, store: ObjectStore, uri: str, prefix: str) -> None:
-        """``prefix`` is the folder's key: without a slash at its end, empty for the whole bucket."""
-        self._store, self.uri = store, uri
-        self._prefix = f"{prefix}/" if prefix else ""
+    def __init__(self, place: StoreUri) -> None:
+        self._place, self.uri = place, str(place)
+        self._prefix = f"{place.path}/" if place.path else ""
+
+    @property
+    def _store(self) -> ObjectStore:
+        """Opened at the first use: credentials that are missing are a problem of the listing like others."""
+        return store_of(self._place.store)
 
     def files(self) -> list[FileState]:
         try:

@@ -22,9 +22,14 @@ def staging_folder(out: str) -> str:
     return os.path.join(parent, f".{name}.rv")
 
 
-def place_problems(outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwrite: bool) -> list[Problem]:
+def place_problems(
+    outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwrite: bool, dry_run: bool
+) -> list[Problem]:
     """What is wrong with the places of outputs: one that exists (without ``overwrite``), is none of ours, overlaps
-    an input, or lies where nothing can be written. Raises UsageError when outputs lie in each other."""
+    an input, or lies where nothing can be written, which a ``dry_run`` does not try out in a store.
+
+    Raises UsageError when outputs lie in each other.
+    """
     places = sorted(outs)
     for out, other in combinations(places, 2):
         if is_remote(out) == is_remote(other) and (
@@ -34,7 +39,7 @@ def place_problems(outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwri
     inputs = list(inputs)
     local_inputs = [checkpoint for checkpoint in inputs if not is_remote(checkpoint.uri)]
     found = (
-        object_place_problem(out, [checkpoint.uri for checkpoint in inputs], overwrite=overwrite)
+        object_place_problem(out, [checkpoint.uri for checkpoint in inputs], overwrite=overwrite, dry_run=dry_run)
         if is_remote(out)
         else _place_problem(out, local_inputs, overwrite)
         for out in places

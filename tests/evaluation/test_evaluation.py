@@ -133,7 +133,8 @@ def test_finished_pairs_are_kept_and_only_the_others_are_asked(place: Path, writ
     records[0].unlink()
     records[1].write_text(records[1].read_text()[:-100])
     before = {path: path.stat().st_mtime_ns for path in records[2:]}
-    (out / "rv_items.parquet").unlink()
+    # As left by a run that was killed while it wrote them.
+    (out / "rv_items.parquet").rename(out / "rv_items.parquet.new")
     again = ("--tasks", "tiny_choice,tiny_text")
     done = rv_eval(place, out, *moved(place), *again)
     assert done.status == 0, done.stderr
@@ -141,6 +142,7 @@ def test_finished_pairs_are_kept_and_only_the_others_are_asked(place: Path, writ
     assert done.stderr.splitlines()[0].startswith("   7/8")
     assert {path: path.stat().st_mtime_ns for path in records[2:]} == before
     assert items(out) == items(written)
+    assert not (out / "rv_items.parquet.new").exists()
     # What is asked for anew is added; the rest is not asked again.
     done = rv_eval(place, out, *moved(place), *again, "--perturb", "reorder", "--dry-run", "--json")
     assert done.status == 2
