@@ -124,7 +124,11 @@ class Recipe:
             raise UsageError(f"normalize and scale go with task_arithmetic and linear, not with {self.operation}")
         for alpha in (*(alpha for row in self.alphas for alpha in row), self.scale):
             for value in values_of(alpha):
-                if not math.isfinite(value) or not math.isfinite(as_float32(value)):
+                try:
+                    finite = math.isfinite(value) and math.isfinite(as_float32(value))
+                except TypeError:
+                    raise UsageError(f"alpha {value!r} is not a number") from None
+                if not finite:
                     raise UsageError(f"alpha {value} is not a finite float32")
             for pattern in patterns_of(alpha):
                 check_pattern(pattern)
