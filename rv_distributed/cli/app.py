@@ -27,6 +27,7 @@ from rv_distributed.cli import (
     verify,
     version,
 )
+from rv_distributed.cli.command import Command
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import (
     ChangedError,
@@ -55,11 +56,13 @@ _COMMANDS = (
     *(bench.bench, demo.demo, version.version),
 )
 for _command in _COMMANDS:
-    app.command(context_settings={"auto_envvar_prefix": f"RV_{_command.__name__.upper()}"})(_command)
-app.command("eval", context_settings={"auto_envvar_prefix": "RV_EVAL"})(evaluate.evaluate)
+    app.command(cls=Command, context_settings={"auto_envvar_prefix": f"RV_{_command.__name__.upper()}"})(_command)
+app.command("eval", cls=Command, context_settings={"auto_envvar_prefix": "RV_EVAL"})(evaluate.evaluate)
 app.add_typer(recipe.app, name="recipe")
 # Options behind the name of the command that is submitted are that command's.
-app.command(context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": "RV_SUBMIT"})(submit.submit)
+app.command(cls=Command, context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": "RV_SUBMIT"})(
+    submit.submit
+)
 
 #: Those that go on where they were when they are run again.
 _RESUMABLE: Final = frozenset({"extract", "apply", "transfer", "run", "eval", "push"})
