@@ -53,6 +53,7 @@ def _document(opened: Checkpoint) -> dict[str, Any]:
 def _document_of(opened: Checkpoint) -> dict[str, Any]:
     return {
         "schema_version": 1,
+        "status": "inspected",
         "uri": opened.uri,
         "architectures": opened.config.get("architectures"),
         "model_type": opened.config.get("model_type"),
