@@ -153,4 +153,5 @@ def _read_ratio(tensor: TensorPlan, segment: Segment) -> float:
     """Bytes read for each byte written."""
     if tensor.is_opaque_in(segment):
         return 1.0
-    return sum(element_bytes(source).read for source in segment.sources) / item_bytes(tensor.dtype)
+    # What is the target and the reference at once is read once.
+    return sum(element_bytes(source).read for source in set(segment.sources)) / item_bytes(tensor.dtype)
