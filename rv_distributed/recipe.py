@@ -203,6 +203,17 @@ def values_of(alpha: Alpha) -> Iterator[float]:
         yield alpha
 
 
+def in_words(alpha: ByTensor) -> str:
+    """For people: ``0.3 for \\.mlp\\., 0.1→0.2 over the layers for the rest``."""
+    texts: list[str] = []
+    for values, match in alpha.choices:
+        text = "→".join(map(show_alpha, values)) + (" over the layers" if len(values) > 1 else "")
+        # An empty expression, that of a sweep over all tensors, finds itself in every name.
+        patterns = " and ".join(filter(None, match)) or ("the rest" if texts else "")
+        texts.append(f"{text} for {patterns}" if patterns else text)
+    return ", ".join(texts)
+
+
 def patterns_of(alpha: Alpha) -> Iterator[str]:
     """All regular expressions in an alpha."""
     if isinstance(alpha, ByTensor):
