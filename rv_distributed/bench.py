@@ -26,6 +26,8 @@ from rv_distributed.storage.publish import preallocate
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
 
 DEFAULT_BYTES: Final = 1 << 30
+#: Measurements of less say more of caches and of the start of threads than of the storage.
+LEAST_KEPT_BYTES: Final = 256 << 20
 _CHUNK: Final = 4 << 20
 #: A transfer reads three checkpoints for one that it writes.
 _READS_A_WRITE: Final = 3
@@ -52,7 +54,8 @@ class StorageSpeed:
 
 
 def measure_storage(folder: str, nbytes: int = DEFAULT_BYTES) -> StorageSpeed:
-    """Measure the file system of ``folder`` with two temporary files of ``nbytes`` in it, and keep the result.
+    """Measure the file system of ``folder`` with two temporary files of ``nbytes`` in it, and keep the result, unless
+    ``nbytes`` is less than `LEAST_KEPT_BYTES`.
 
     Raises OutputError when they cannot be written there, UsageError for a URI.
     """
@@ -74,9 +77,10 @@ def measure_storage(folder: str, nbytes: int = DEFAULT_BYTES) -> StorageSpeed:
             _drop_cache(source)
             mixed = nbytes * (1 + 1 / _READS_A_WRITE) / _timed(nbytes, _mixer(source, copy), flush=copy)
     except OSError as error:
-        raise OutputError(f"{error.filename or folder}: cannot be measured: {error.strerror}") from error
+        raise OutputError(f"{folder}: cannot be measured: {error.strerror}") from error
     speed = StorageSpeed(write, read, cached, mixed)
-    _remember(folder, speed)
+    if nbytes >= LEAST_KEPT_BYTES:
+        _remember(folder, speed)
     return speed
 
 
