@@ -12,7 +12,7 @@
     │   ├── WorkerError   workers died, and no attempts are left
     │   └── ChangedError  an input changed while it was read
     ├── VerifyError       a finished output differs from its manifest          exit status 3
-    ├── Interrupted       SIGINT or SIGTERM; the run can be resumed            exit status 130, 143
+    ├── Interrupted       SIGINT, SIGTERM, SIGHUP; the run can be resumed      exit status 130, 143, 129
     └── Cancelled         the caller's event asked the run to stop; it can be resumed
 
 All of them survive pickling: their constructors take exactly the values that they keep in ``args``. What they

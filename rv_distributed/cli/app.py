@@ -45,7 +45,7 @@ app = typer.Typer(
     name="rv",
     help="Add, subtract and transfer the weights of models too large for one GPU or one machine.",
     epilog="Exit status: 0 done; 1 the run failed, run again to resume; 2 bad arguments or bad input; "
-    "3 verify found a difference; 130 or 143 interrupted, run again to resume.",
+    "3 verify found a difference; 129, 130 or 143 interrupted, run again to resume.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -88,9 +88,8 @@ def main() -> None:
     # Imports make hundreds of thousands of objects that live to the end. Looking through them for garbage, while
     # they come and once more at the exit, would take half a second.
     gc.set_threshold(100_000)
-    # An exception of ours for both: typer would turn KeyboardInterrupt into a silent Abort.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _interrupt)
+    # An exception of ours for all: typer would turn KeyboardInterrupt into a silent Abort.
+    _on_stop(_interrupt)
     try:
         status = app(prog_name="rv", standalone_mode=False)
         _let_go()
@@ -154,11 +153,28 @@ def print_error(kind: str, message: str, status: int, **more: object) -> None:
 
 def _let_go() -> None:
     """From here on there is nothing to stop in order: a signal ends the process as it would any other."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL)
+    _on_stop(signal.SIG_DFL)
+
+
+def _on_stop(handler: Any) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Under nohup a run goes on when its terminal is closed.
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    if signum == signal.SIGHUP:
+        _leave_terminal()
     # This may come in the middle of starting a thread, which then complains of it with a traceback of its own.
     sys.unraisablehook = lambda _: None
     raise Interrupted(signum)
+
+
+def _leave_terminal() -> None:
+    """Let what is written to a terminal that is gone go nowhere: an error of that would hide why the run stops."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
