@@ -166,11 +166,19 @@ def tear_the_last_record(out: Path) -> None:
     ],
 )
 def test_damaged_pieces_are_made_again(
-    inputs: Inputs, tmp_path: Path, damage: Callable[[Path], object], kept: int
+    inputs: Inputs,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    kept: int,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     inputs.stopped(tmp_path / "out")
     damage(tmp_path / "out")
     assert inputs.run(tmp_path / "out").timings.pieces_kept == kept
+    # What has no record is as if it had never been finished.
+    lost = 0 if "record" in request.node.callspec.id else 3 - kept
+    assert (f"{lost} changed since and will be made again" in caplog.text) == bool(lost)
     assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
 
 

@@ -8,6 +8,7 @@ folder outlives a run that fails, and the next run of the same plan continues fr
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,7 @@ from rv_distributed.storage.publish import (
     write_durably,
 )
 
+_LOG = logging.getLogger(__name__)
 _LOCK: Final = "lock"
 _PLAN: Final = "plan.json"
 _REPLACED: Final = "replaced"
@@ -134,11 +136,11 @@ class PosixStaging:
                 return False
 
         with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-            return {
-                piece.number: records[piece.number]
-                for piece, good in zip(pieces, pool.map(holds, pieces), strict=True)
-                if good
-            }
+            good = [piece.number for piece, good in zip(pieces, pool.map(holds, pieces), strict=True) if good]
+        if lost := len(pieces) - len(good):
+            told = "%s: of the pieces that an earlier run finished, %d changed since and will be made again"
+            _LOG.warning(told, self.out, lost)
+        return {number: records[number] for number in good}
 
     def _records(self) -> Iterator[tuple[int, tuple[SpanResult, ...]]]:
         with open(self._journal_path, encoding="utf-8", errors="replace") as file:
