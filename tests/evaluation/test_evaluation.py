@@ -294,6 +294,7 @@ def test_alpha_is_selected_on_one_half(place: Path, tmp_path: Path) -> None:
     ("more", "told"),
     [
         (("--tasks", "no_such_task"), "no_such_task: is no task of lm-evaluation-harness"),
+        (("--tasks", "tiny_text", "--task-path", "no_such_folder"), "--task-path: there is no folder no_such_folder"),
         ((), "nothing to ask: give --tasks or --suite"),
         (("--suite", "papers"), "--suite: 'papers' is not one of paper"),
         (("--tasks", "tiny_text", "--perturb", "rhyme"), "'rhyme' is not one of noise, rename, reorder, distract"),
