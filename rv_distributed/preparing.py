@@ -48,7 +48,7 @@ def prepare(
         # There a piece cannot begin in the middle of a file.
         plan_options = replace(plan_options, piece_bytes=WHOLE_SHARDS)
     with _collector_paused():
-        opened, problems = _open_all(recipe, vocabulary=plan_options.needs_vocabularies)
+        opened, problems = _open_all(recipe, tokenizer=plan_options.needs_tokenizers)
         plan = None
         if problems:
             readable = [opened[name] for name in recipe.inputs if name in opened]
@@ -59,6 +59,8 @@ def prepare(
                 plan = make_plan(recipe, opened, plan_options)
             except InputError as error:
                 problems += error.problems
+    # Tokenizers are for the plan alone, and not small enough to be kept through a run.
+    opened = {name: replace(checkpoint, tokenizer=None) for name, checkpoint in opened.items()}
     complete = _complete(plan, outs, run_options) if plan is not None else {}
     unmade = [out for number, out in enumerate(outs) if number not in complete]
     inputs = all_folders(opened.values())
@@ -99,12 +101,12 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _open_all(recipe: Recipe, *, vocabulary: bool) -> tuple[dict[str, Checkpoint], list[Problem]]:
+def _open_all(recipe: Recipe, *, tokenizer: bool) -> tuple[dict[str, Checkpoint], list[Problem]]:
     """The checkpoints that could be opened, by the recipe's names for them, and what is wrong with the others."""
 
     def load(uri: str) -> Checkpoint | InputError:
         try:
-            return open_checkpoint(uri, vocabulary=vocabulary)
+            return open_checkpoint(uri, tokenizer=tokenizer)
         except InputError as error:
             return error
 

@@ -21,6 +21,12 @@ _BUFFERS: Final = re.compile(
     r"(?:.+\.)?(?:rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|rotary_pos_emb\.inv_freq|rope\.freqs|masked_bias"
     r"|position_ids)"
 )
+#: What embeddings and heads are called in the families of transformers, and in the files of some of them.
+_OF_VOCABULARY: Final = re.compile(
+    r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings?|tok_embeddings|tokens_embed|embed_in|embeddings|shared"
+    r"|(?:generator_)?lm_head|head|embed_out|output(?:_layer|_projection)?|proj_out|decoder|vocab_projector|lm_loss)"
+    r"\.weight"
+)
 _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -38,6 +44,11 @@ def bare_name(name: str) -> str:
 def is_known_buffer(name: str) -> bool:
     """Whether a tensor may be missing without harm: a model computes it when it is loaded."""
     return _BUFFERS.fullmatch(name) is not None
+
+
+def is_of_vocabulary(name: str) -> bool:
+    """Whether a tensor is called as embeddings and heads are, whose rows stand for tokens."""
+    return _OF_VOCABULARY.fullmatch(name) is not None
 
 
 def pattern_of(name: str) -> str:

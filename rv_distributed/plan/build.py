@@ -16,7 +16,7 @@ from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.sidecars import sidecars_of
 from rv_distributed.checkpoint.sources import Source
 from rv_distributed.errors import MAX_REPORTED, InputError, Problem, UsageError
-from rv_distributed.plan.families import misfits
+from rv_distributed.plan.families import Tokens, misfits
 from rv_distributed.plan.finding import Finder, Frame
 from rv_distributed.plan.layout import cut_pieces, lay_out
 from rv_distributed.plan.matching import Match, Matching, Pair, Side, match
@@ -199,9 +199,12 @@ def _cut(segments: tuple[Segment, ...], dtype: str, nbytes: int) -> tuple[Segmen
 def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
     """Whether another input's tokenizer would have tokens that the output has no rows for."""
     rows = vocab_size(frame.config)
-    last = max(giver.vocabulary or {0: ""})
-    if giver is frame or rows is None or last < rows:
+    if giver is frame or rows is None:
         return []
+    tokens = Tokens()
+    last = max(tokens.of(giver), default=0)
+    if last < rows:
+        return tokens.problems
     what = f"has a tokenizer with ids up to {last}, but the output has the {rows} rows of {frame.uri}"
     return [Problem(giver.uri, what, "Take the small files of another input, or leave out --sidecars-from.")]
 
