@@ -26,7 +26,7 @@ from rv_distributed.checkpoint.header import (
     header_bytes,
     parse_header,
 )
-from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormatError, parse_index
+from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormatError, missing_shards, parse_index
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
 from rv_distributed.checkpoint.sidecars import why_left_out
@@ -42,6 +42,8 @@ from rv_distributed.storage.same import same_bytes
 #: One read fetches most headers whole.
 _FIRST_READ_BYTES: Final = 256 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
+#: Of files that are missing.
+_MAX_NAMED: Final = 5
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 _RELINK: Final = "Download the file again, or remove the link."
 _OTHER_FORMATS: Final = (
@@ -206,6 +208,10 @@ def _choose_shards(
             present = [SINGLE_FILE]
         elif not present:
             problems.append(_other_format(folder, files))
+        elif missing := list(missing_shards(present)):
+            more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+            what = f"lacks {', '.join(missing[:_MAX_NAMED])}{more}: its other shards' names count them"
+            problems.append(Problem(folder.uri, what, "Download what is missing, and the index, if there is one."))
         return None, [files[name] for name in present]
     where = folder.path(INDEX_FILE)
     try:
