@@ -15,7 +15,7 @@ from rv_distributed.checkpoint.pieces import PieceRow
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import Cancelled, PieceError, RunError
 from rv_distributed.identity import identity_of
-from rv_distributed.plan import PieceTask, Plan, PlanOptions, task_of
+from rv_distributed.plan import PieceTask, Plan, PlanOptions, role_warnings, task_of
 from rv_distributed.pushing import push_folder
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer, check_unchanged
@@ -75,7 +75,7 @@ class Job:
                 "holds no config.json, so the output has none: put the model's small files beside its weights first"
             )
             found.append(f"{frame.uri}: {without}")
-        return tuple(found)
+        return (*found, *role_warnings(self.recipe, self.opened))
 
     @property
     def rooms(self) -> tuple[Room, ...]:

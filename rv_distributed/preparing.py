@@ -20,7 +20,7 @@ from rv_distributed.errors import InputError, OutputError, Problem, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.job import Job
 from rv_distributed.opening import open_checkpoint, same_weights
-from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan, misfits
+from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan, misfits, role_problems
 from rv_distributed.pushing import hub_target, local_stage, push_problem
 from rv_distributed.recipe import Recipe
 from rv_distributed.runtime.select import RunOptions, choose_runtime, expected_shape
@@ -54,6 +54,7 @@ def prepare(
             readable = [opened[name] for name in recipe.inputs if name in opened]
             problems += misfits(readable, plan_options)
         else:
+            problems += role_problems(recipe, opened)
             problems += _whole_problems(recipe, opened, recipe.giver(plan_options.sidecars_from))
             try:
                 plan = make_plan(recipe, opened, plan_options)

@@ -18,6 +18,7 @@ from rv_distributed.plan.model import (
 from rv_distributed.plan.numbers import as_numbers
 from rv_distributed.plan.options import PlanOptions
 from rv_distributed.plan.requantize import is_of_scales
+from rv_distributed.plan.roles import role_problems, role_warnings
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -39,6 +40,8 @@ __all__ = [
     "is_of_scales",
     "make_plan",
     "misfits",
+    "role_problems",
+    "role_warnings",
     "size_pieces",
     "task_of",
 ]
