@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from rv_distributed.checkpoint.bare_names import embedding_and_head
 from rv_distributed.checkpoint.config import stated, vocab_size
 from rv_distributed.checkpoint.key_mapping import KeyRule, parse_key_mapping
 from rv_distributed.checkpoint.model import FileState, Tensor
@@ -48,11 +49,10 @@ def tie_warnings(folder: Folder, config: Mapping[str, Any], tensors: Mapping[str
     """
     if stated(config, "tie_word_embeddings") is not True:
         return
-    rows = vocab_size(config)
-    found = [(name, tensor) for name, tensor in tensors.items() if len(tensor.shape) == 2 and tensor.shape[0] == rows]
+    found = embedding_and_head(tensors, vocab_size(config))
     if len(found) != 2:
         return
-    (name, one), (other_name, other) = found
+    (name, one), (other_name, other) = found.items()
     if (one.dtype, one.shape) != (other.dtype, other.shape) or one.source is not None or other.source is not None:
         return
     for number in range(_SAMPLES):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final
+
+from rv_distributed.checkpoint.model import Tensor
 
 #: The modules that a language model may lie in, alone or one in the other.
 _OUTER: Final = re.compile(r"(?:(?:_orig_mod|module|base_model|model|language_model|transformer)\.)+")
@@ -49,6 +52,15 @@ def is_known_buffer(name: str) -> bool:
 def is_of_vocabulary(name: str) -> bool:
     """Whether a tensor is called as embeddings and heads are, whose rows stand for tokens."""
     return _OF_VOCABULARY.fullmatch(name) is not None
+
+
+def embedding_and_head(tensors: Mapping[str, Tensor], rows: int | None) -> dict[str, Tensor]:
+    """The matrices that have ``rows`` and are called so. A head for other ends may have as many rows."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and tensor.shape[0] == rows and is_of_vocabulary(name)
+    }
 
 
 def pattern_of(name: str) -> str:
