@@ -20,7 +20,7 @@ from rv_distributed.errors import InputError, OutputError, Problem, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.job import Job
 from rv_distributed.opening import open_checkpoint, same_weights
-from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan, misfits, role_problems
+from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan, misfits, no_difference, role_problems
 from rv_distributed.pushing import hub_target, local_stage, push_problem
 from rv_distributed.recipe import Recipe
 from rv_distributed.runtime.select import RunOptions, choose_runtime, expected_shape
@@ -68,7 +68,7 @@ def prepare(
     places = place_problems(unmade, inputs, overwrite=run_options.overwrite, dry_run=dry_run)
     places += [problem for problem in map(push_problem, pushes.values()) if problem is not None]
     if problems or plan is None:
-        raise InputError([*problems, *places])
+        raise InputError(dict.fromkeys([*problems, *places]))
     if places:
         raise OutputError(" ".join(map(str, places)))
     runtime = choose_runtime(run_options)
@@ -131,10 +131,7 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint], giver: str
         plus, minus = opened[vector.plus], opened[vector.minus] if vector.minus is not None else None
         try:
             if minus is not None and same_weights(plus, minus):
-                what = (
-                    f"is the donor and holds the same weights as the reference, {minus.uri}: the vector would be zero"
-                )
-                problems.append(Problem(plus.uri, what, "Give two different checkpoints as --donor and --reference."))
+                problems.append(no_difference(plus, minus))
         except OSError as error:
             what = f"cannot be read: {error.strerror or error}"
             problems.append(Problem(str(error.filename or plus.uri), what, "Check its storage."))

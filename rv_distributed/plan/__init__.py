@@ -2,7 +2,7 @@
 
 from rv_distributed.checkpoint.sources import Operand, Source
 from rv_distributed.plan.build import make_plan
-from rv_distributed.plan.families import misfits
+from rv_distributed.plan.families import misfits, no_difference
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, WHOLE_SHARDS, cut_pieces, size_pieces, task_of
 from rv_distributed.plan.model import (
     Piece,
@@ -40,6 +40,7 @@ __all__ = [
     "is_of_scales",
     "make_plan",
     "misfits",
+    "no_difference",
     "role_problems",
     "role_warnings",
     "size_pieces",

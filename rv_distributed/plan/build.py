@@ -16,12 +16,12 @@ from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.sidecars import sidecars_of
 from rv_distributed.checkpoint.sources import Source
 from rv_distributed.errors import MAX_REPORTED, InputError, Problem, UsageError
-from rv_distributed.plan.families import Tokens, misfits
+from rv_distributed.plan.families import Tokens, misfits, no_difference
 from rv_distributed.plan.finding import Finder, Frame
 from rv_distributed.plan.layout import cut_pieces, lay_out
 from rv_distributed.plan.matching import Match, Matching, Pair, Side, match
 from rv_distributed.plan.model import Plan, PlannedInput, PlannedSidecar, Rule, Segment, ShardPlan, TensorPlan
-from rv_distributed.plan.numbers import as_numbers, copied, is_stored
+from rv_distributed.plan.numbers import SAME, as_numbers, copied, is_stored
 from rv_distributed.plan.options import PlanOptions
 from rv_distributed.plan.requantize import Draft, is_of_scales, requantized, with_places
 from rv_distributed.plan.weights import Weigher
@@ -51,7 +51,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
     problems += [*matching.problems, *_giver_problems(frame, giver)]
     drafts, left_out = _drafts(frame, matching, weigher, recipe, wanted)
     if pairs and not problems and not any(draft.rule == "combine" for draft in drafts):
-        problems.append(_nothing_to_compute(frame, pairs, drafts, options))
+        problems += _nothing_to_compute(frame, pairs, drafts, left_out, options)
     scales: list[Draft] = []
     if options.requantize:
         drafts, scales, wrong = requantized(drafts, stored[recipe.frame], weigher.of("", ()))
@@ -100,16 +100,23 @@ def _drafts(
 
 
 def _nothing_to_compute(
-    frame: Checkpoint, pairs: Sequence[Pair], drafts: Sequence[Draft], options: PlanOptions
-) -> Problem:
+    frame: Checkpoint,
+    pairs: Sequence[Pair],
+    drafts: Sequence[Draft],
+    left_out: Sequence[tuple[str, str]],
+    options: PlanOptions,
+) -> list[Problem]:
     """Why no tensor would be computed. Raises UsageError when it was asked for."""
     if any(draft.why == "alpha is 0" for draft in drafts):
         raise UsageError("the alphas are 0 for every tensor")
     if options.is_selective:
         raise UsageError("--include and --exclude leave no tensor to compute")
+    if SAME in {*(draft.why for draft in drafts), *(why for _, why in left_out)}:
+        both = [(pair.plus.finder.checkpoint, pair.minus.finder.checkpoint) for pair in pairs if pair.minus is not None]
+        return [no_difference(donor, reference) for donor, reference in both if donor.uri == reference.uri]
     others = dict.fromkeys(side.finder.checkpoint.name for pair in pairs for side in pair.sides)
     what = f"has no tensor in common with {', '.join(name for name in others if name != frame.name)}"
-    return Problem(frame.uri, what, "Check that all inputs are models of one architecture.")
+    return [Problem(frame.uri, what, "Check that all inputs are models of one architecture.")]
 
 
 def _laid_out(

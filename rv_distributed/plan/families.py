@@ -165,6 +165,12 @@ def _token(vocabulary: Mapping[int, str], number: int) -> str:
     return f"{vocabulary[number]!r:.60}" if number in vocabulary else "no token"
 
 
+def no_difference(donor: Checkpoint, reference: Checkpoint) -> Problem:
+    """That two checkpoints are the same, and no vector."""
+    what = f"is the donor and holds the same weights as the reference, {reference.uri}: the vector would be zero"
+    return Problem(donor.uri, what, "Give two different checkpoints as --donor and --reference.")
+
+
 def quantization_problem(checkpoint: Checkpoint) -> Problem | None:
     """Why a checkpoint's weights are no numbers to add to, if they are quantized."""
     # Quantized weights are never floating-point numbers of 16 or 32 bits all through.

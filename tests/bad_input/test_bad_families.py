@@ -192,11 +192,14 @@ def test_a_donor_that_is_its_reference_is_refused(tmp_path: Path, how: Callable[
     assert_refused(models, transfer(models, models / "out"), (what, "the vector would be zero. ", remedy))
 
 
-def test_one_folder_as_donor_and_reference_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", [(), ("--target",)])
+def test_one_folder_as_donor_and_reference_is_refused(tmp_path: Path, target: tuple[str, ...]) -> None:
     models = make_models(tmp_path)
     donor = models / "donor"
-    args: list[str | Path] = ["extract", "--donor", donor, "--reference", donor, "--out", models / "out"]
-    assert_refused(models, args, "the vector would be zero")
+    args: list[str | Path] = ["transfer", *target, models / "target"] if target else ["extract"]
+    done = assert_refused(models, [*args, "--donor", donor, "--reference", donor, "--out", models / "out"])
+    assert done.stderr.startswith(f"rv: {donor}: is the donor and holds the same weights as the reference, {donor}: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_checkpoints_that_differ_only_where_no_sample_is_taken_make_a_vector(tmp_path: Path) -> None:
