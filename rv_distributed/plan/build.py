@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from rv_distributed.checkpoint.adapter import is_adapter
 from rv_distributed.checkpoint.config import vocab_size
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, FROM_USER, item_bytes
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
@@ -47,6 +48,8 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
     pairs = _pairs(recipe, opened, options)
     problems += misfits(list(stored.values()), options) if pairs else []
+    if pairs and any(is_adapter(checkpoint) for checkpoint in stored.values()):
+        raise InputError(problems)  # what its tensors are called is then no problem of theirs
     matching = match(Frame(frame, recipe.frame_role), pairs, options)
     problems += [*matching.problems, *_giver_problems(frame, giver)]
     drafts, left_out = _drafts(frame, matching, weigher, recipe, wanted)
