@@ -123,6 +123,20 @@ def test_a_config_that_is_missing_or_says_nothing_is_no_problem(tmp_path: Path, 
     assert done.status == 0, done.stderr
 
 
+def test_a_target_without_a_config_is_warned_of(tmp_path: Path) -> None:
+    models = make_models(tmp_path)
+    for role in ROLES:
+        (models / role / "config.json").unlink()
+    args = transfer(models, models / "out", "--dry-run")
+    told = f"{models / 'target'}: holds no config.json, so the output has none, and transformers cannot load it: put "
+    done = run_rv(*args)
+    assert (done.status, done.stderr.count("warning: ")) == (0, 1)
+    assert done.stderr.startswith(f"warning: {told}")
+    (warning,) = json.loads(run_rv(*args, "--json").stdout)["plan"]["warnings"]
+    assert warning.startswith(told)
+    assert run_rv("extract", *args[3:-3], "--out", models / "out", "--dry-run").stderr == ""
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000], ids=["cut", "a list", "no text", "deep"])
 def test_a_malformed_config_is_refused(tmp_path: Path, content: bytes) -> None:
     models = make_models(tmp_path)
