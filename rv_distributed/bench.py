@@ -112,7 +112,7 @@ def _timed(nbytes: int, make: Callable[[], Callable[[int], None]], flush: str | 
         except OSError as error:
             errors.append(error)
 
-    streams = default_streams(expected_shape(RunOptions(), "local"))
+    streams = default_streams(expected_shape(RunOptions(device="cpu"), "local"))
     threads = [threading.Thread(target=work) for _ in range(streams)]
     began = time.perf_counter()
     for thread in threads:

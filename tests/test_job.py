@@ -199,7 +199,11 @@ def test_the_formula_is_written_as_people_write_it(inputs: Inputs, tmp_path: Pat
 def test_a_run_has_the_buffers_that_fit_its_workers_not_those_that_were_expected(
     inputs: Inputs, tmp_path: Path
 ) -> None:
-    job = rv.prepare(inputs.recipe(0.5), [str(tmp_path / "out")], rv.PlanOptions(), rv.RunOptions(runtime="ray"))
+    for role in inputs:
+        write_checkpoint(Path(role), {"x": weights(np.random.default_rng(68), "BF16", (2000, 2000))})
+    options = rv.PlanOptions(piece_bytes=1 << 20)
+    job = rv.prepare(inputs.recipe(0.5), [str(tmp_path / "out")], options, rv.RunOptions(runtime="ray"))
     expected, found = job._worker_config([], WorkerShape(1, False)), job._worker_config([], WorkerShape(4, True))
-    assert (expected.streams, expected.cpus, expected.buffer_bytes) == (3, 1, job.sizing.buffer_bytes)
-    assert (found.streams, found.cpus, found.buffer_bytes) == (6, 4, 2 * job.sizing.buffer_bytes)
+    assert (expected.streams, expected.cpus, expected.chunk_bytes) == (3, 1, 4 << 20)
+    assert expected.buffer_bytes == job.sizing.buffer_bytes
+    assert (found.streams, found.cpus, found.chunk_bytes) == (6, 4, 8 << 20)

@@ -187,7 +187,8 @@ class EvaluationJob:
                 if progress is not None:
                     seconds, began = time.monotonic() - began, time.monotonic()
                     progress(Progress(pair, mean, seconds, len(answers) + len(failures), len(self.pairs)))
-                check_cancel(cancel)
+                if len(answers) + len(failures) < len(self.pairs):
+                    check_cancel(cancel)
             ordered = {pair: answers[pair] for pair in self.pairs if pair in answers}
             evaluation = self._evaluation(ordered, tuple(failures))
             write_results(self.out, evaluation, ordered)

@@ -40,7 +40,7 @@ class Buffer:
             # Copying, computing and above all direct I/O look up each page.
             with suppress(OSError):
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
-            # What a run needs it has from its start on, and never more: memory that is missing is missed then.
+            # So a run that there is no memory for ends soon, and takes as much of it whatever it copies.
             with suppress(OSError):
                 self._memory.madvise(_MADV_POPULATE_WRITE)
         self.view = memoryview(self._memory)

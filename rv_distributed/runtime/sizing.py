@@ -91,8 +91,7 @@ def size_buffers(
     scratch += WRITER_BYTES * remote_outputs
     remote = any(is_remote(path) for _, segment in segments for source in segment.sources for path in paths_of(source))
     arenas = _REMOTE_ARENAS if remote else 1
-    if remote or remote_outputs:
-        streams = min(streams, len(plan.pieces))
+    streams = max(1, min(streams, len(plan.pieces)))
 
     def stream_bytes(chunk: int) -> int:
         return int(chunk * (ratio * arenas + outputs)) + scratch

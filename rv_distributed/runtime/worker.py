@@ -18,6 +18,7 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from itertools import cycle
 
 import numpy as np
@@ -50,17 +51,21 @@ class Worker:
         computing = threading.Semaphore(config.cpus + 1)
         # Starts threads only for reads over a network.
         fetching = ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch")
-        self._streams: queue.SimpleQueue[_Stream] = queue.SimpleQueue()
+        self._make_stream = partial(_Stream, config, device, self._stop, computing, fetching)
+        # A stream is made by the thread that first needs it, and given again before another one is.
+        self._streams: queue.LifoQueue[_Stream | None] = queue.LifoQueue()
         for _ in range(config.streams):
-            self._streams.put(_Stream(config, device, self._stop, computing, fetching))
+            self._streams.put(None)
 
     def run(self, task: PieceTask) -> PieceResult:
         """Make one piece and return once its bytes are on the device.
 
-        Raises PieceError when its sources cannot be read or its place cannot be written; Stopped after `stop`.
+        Raises PieceError when its sources cannot be read or its place cannot be written; RunError when a GPU has too
+        little memory; Stopped after `stop`.
         """
         stream = self._streams.get()
         try:
+            stream = stream or self._make_stream()
             return stream.make(task, self.name)
         finally:
             self._streams.put(stream)

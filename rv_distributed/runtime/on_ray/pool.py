@@ -297,10 +297,11 @@ def without_place(options: Mapping[str, Any], waited_s: float) -> WorkerError:
     asked = [f"{options['num_cpus']} CPU", f"{options['num_gpus']} GPU"]
     asked += [f"{show_bytes(options['memory'])} of memory"] if "memory" in options else []
     labels = ", ".join(f"{key}={value}" for key, value in options.get("label_selector", {}).items())
+    memory = ", --memory-budget" if "memory" in options else ""
     return WorkerError(
         f"no worker came up in {waited_s:.0f} s: no node of the cluster{' with ' if labels else ''}{labels} has "
         f"{', '.join(asked[:-1])} and {asked[-1]} to spare. Wait until one has, or ask for less: see "
-        "--cpus-per-worker, --device, --node-label and --memory-budget"
+        f"--cpus-per-worker, --device{memory} and --node-label"
     )
 
 
