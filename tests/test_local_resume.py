@@ -252,20 +252,6 @@ def test_overwrite_replaces_the_whole_output_at_the_end(inputs: Inputs, tmp_path
     assert not staged(tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["file", "link"])
-def test_overwrite_replaces_what_is_no_folder(inputs: Inputs, tmp_path: Path, kind: str) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "mine.txt").write_text("precious")
-    if kind == "file":
-        (tmp_path / "out").write_text("old")
-    else:
-        (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
-    inputs.run(tmp_path / "out", overwrite=True)
-    assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
-    assert (tmp_path / "elsewhere" / "mine.txt").read_text() == "precious"
-    assert not staged(tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("out", ["target", "donor/inside", "reference/a/b", ".", "link", "link/inside"])
 def test_an_output_that_overlaps_an_input_is_refused(inputs: Inputs, tmp_path: Path, out: str) -> None:
     (tmp_path / "link").symlink_to(inputs.donor)

@@ -32,7 +32,7 @@ from rv_distributed.staging.records import (
     unpack_record,
 )
 from rv_distributed.storage.lease import leased
-from rv_distributed.storage.places import staging_folder
+from rv_distributed.storage.places import staging_folder, unreplaceable
 from rv_distributed.storage.publish import (
     create,
     make_folder,
@@ -82,6 +82,8 @@ class PosixStaging:
             self._found = _inode(self.out)
             if self._found is not None and not overwrite:
                 raise OutputError(f"{self.out} already exists. Give another --out, or --overwrite to replace it.")
+            if kept := unreplaceable(self.out):
+                raise OutputError(str(kept))
             self._held = self._claim(restart)
             self.folder = os.path.join(self.work, self._held.folder)
             make_folder(self.folder)

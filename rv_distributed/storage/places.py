@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -46,17 +47,32 @@ def _place_problem(out: str, inputs: Iterable[Checkpoint], overwrite: bool) -> P
     for checkpoint in inputs:
         if _overlaps(out, checkpoint):
             return Problem(out, f"the output and the input {checkpoint.uri} overlap", "Give another --out.")
+    kept = unreplaceable(out)
+    if kept is not None and not overwrite:
+        return replace(kept, what=f"already exists, and {kept.what}")
     if os.path.lexists(out) and not overwrite:
         return Problem(out, "already exists", "Give another --out, or --overwrite to replace it.")
     if os.path.ismount(out):
         return Problem(out, "is a mount point, which no rename can replace", "Give a folder in it as --out.")
-    if os.path.isdir(out) and not os.path.islink(out) and os.listdir(out) and not _is_output(out):
-        return Problem(out, "is no output of rv, so --overwrite leaves it alone", "Remove it yourself first.")
+    if kept is not None:
+        return kept
     parent = _existing_parent(out)
     if not os.path.isdir(parent):
         return Problem(out, f"{parent} is no folder", "Give another --out.")
     if not os.access(parent, os.W_OK | os.X_OK):
         return Problem(out, f"{parent} cannot be written to", "Give another --out, or change its permissions.")
+    return None
+
+
+def unreplaceable(out: str) -> Problem | None:
+    """Why what lies at ``out`` is not for us to replace, if that is so: it is no output of rv."""
+    if not os.path.lexists(out):
+        return None
+    remedy = "Give another --out, or move it away yourself."
+    if not os.path.isdir(out):
+        return Problem(out, "is no folder, so --overwrite leaves it alone", remedy)
+    if os.listdir(out) and not _is_output(out):
+        return Problem(out, "is no output of rv, so --overwrite leaves it alone", remedy)
     return None
 
 

@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_output_of_ours_is_left_alone(tmp_path: Path) -> Non
     models = make_models(tmp_path / "models")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
-    told = f"{tmp_path / 'out'}: is no output of rv, so --overwrite leaves it alone. Remove it yourself first."
+    told = f"{tmp_path / 'out'}: is no output of rv, so --overwrite leaves it alone. Give another --out, or move it"
     assert_refused(tmp_path, transfer(models, tmp_path / "out", "--overwrite"), told)
 
 
