@@ -240,7 +240,6 @@ def test_an_output_that_exists_is_refused_and_left_alone(inputs: Inputs, tmp_pat
 
 def test_overwrite_replaces_the_whole_output_at_the_end(inputs: Inputs, tmp_path: Path) -> None:
     inputs.run(tmp_path / "out", alpha=0.3)
-    (tmp_path / "out" / "stale.txt").write_text("old")
     before = content_of(tmp_path / "out")
 
     def progress(_: rv.Progress) -> None:
@@ -248,8 +247,21 @@ def test_overwrite_replaces_the_whole_output_at_the_end(inputs: Inputs, tmp_path
 
     inputs.run(tmp_path / "out", overwrite=True, progress=progress)
     assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
-    assert not (tmp_path / "out" / "stale.txt").exists()
     assert not staged(tmp_path / "out").exists()
+
+
+def test_what_comes_into_the_older_output_during_the_run_is_kept(inputs: Inputs, tmp_path: Path) -> None:
+    inputs.run(tmp_path / "out", alpha=0.3)
+
+    def progress(_: rv.Progress) -> None:
+        (tmp_path / "out" / "notes.txt").write_text("precious")
+
+    with pytest.raises(rv.OutputError, match=r"would delete: notes\.txt"):
+        inputs.run(tmp_path / "out", overwrite=True, progress=progress)
+    assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.3)
+    (tmp_path / "out" / "notes.txt").unlink()
+    assert inputs.run(tmp_path / "out", overwrite=True).timings.bytes_written == 0
+    assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
 
 
 @pytest.mark.parametrize("out", ["target", "donor/inside", "reference/a/b", ".", "link", "link/inside"])

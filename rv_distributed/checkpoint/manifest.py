@@ -225,6 +225,15 @@ def manifest_from(document: object) -> Manifest:
     return _one_of(Manifest, values)
 
 
+def names_in(raw: bytes) -> set[str]:
+    """The names of an output's files, by its manifest, of whatever version. Raises ManifestError."""
+    try:
+        document = json.loads(raw)
+        return {MANIFEST_FILE, *(entry["name"] for kind in ("shards", "files") for entry in document[kind])}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ManifestError("is not a manifest") from error
+
+
 def _alpha(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
         raise ManifestError(f"is not a manifest: it has the alpha {value!r:.80}")

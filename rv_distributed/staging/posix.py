@@ -32,7 +32,7 @@ from rv_distributed.staging.records import (
     unpack_record,
 )
 from rv_distributed.storage.lease import leased
-from rv_distributed.storage.places import staging_folder, unreplaceable
+from rv_distributed.storage.places import staging_folder
 from rv_distributed.storage.publish import (
     create,
     make_folder,
@@ -44,6 +44,7 @@ from rv_distributed.storage.publish import (
     sync,
     write_durably,
 )
+from rv_distributed.storage.replacing import unreplaceable
 
 _LOCK: Final = "lock"
 _PLAN: Final = "plan.json"
@@ -198,6 +199,8 @@ class PosixStaging:
                 f"{self.out} was made or replaced by something else during the run. The finished pieces are kept: "
                 "move it away, and run again."
             )
+        if kept := unreplaceable(self.out):
+            raise OutputError(f"{kept} The finished pieces are kept: run again then.")
         self._lease.check()
         # By which a run that is stopped here is known to have published.
         self._note(self._held._replace(manifest=blake3(manifest).hexdigest()))

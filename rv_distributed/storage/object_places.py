@@ -11,8 +11,9 @@ from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.uris import is_remote, within
 from rv_distributed.errors import Problem
 from rv_distributed.storage import open_store
-from rv_distributed.storage.objects import OWN_FOLDER, patiently
+from rv_distributed.storage.objects import OWN_FOLDER, patiently, read_all
 from rv_distributed.storage.protocols import ObjectStore
+from rv_distributed.storage.replacing import strays
 
 
 def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool) -> Problem | None:
@@ -31,6 +32,12 @@ def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool) ->
         is_ours = MANIFEST_FILE in names or any(name.startswith(OWN_FOLDER) for name in names)
         if MANIFEST_FILE in names and not overwrite:
             return Problem(out, "already exists", "Give another --out, or --overwrite to replace it.")
+        if MANIFEST_FILE in names:
+            manifest = read_all(store, f"{key}/{MANIFEST_FILE}")
+            # Some tools make an empty object for each folder.
+            files = {name for name in names if not name.startswith(OWN_FOLDER) and not f"/{name}".endswith("/")}
+            if found := strays(out, files, manifest):
+                return found
         if names and not is_ours:
             return Problem(out, "holds objects that are no output of rv", "Give another --out, or remove them first.")
         _try_out(store, f"{key}/{OWN_FOLDER}trial-{os.getpid()}-{secrets.token_hex(4)}")

@@ -10,11 +10,11 @@ from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
-from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.uris import is_remote, within
 from rv_distributed.errors import OutputError, Problem, UsageError
 from rv_distributed.storage.object_places import object_place_problem
+from rv_distributed.storage.replacing import unreplaceable
 
 
 def staging_folder(out: str) -> str:
@@ -64,18 +64,6 @@ def _place_problem(out: str, inputs: Iterable[Checkpoint], overwrite: bool) -> P
     return None
 
 
-def unreplaceable(out: str) -> Problem | None:
-    """Why what lies at ``out`` is not for us to replace, if that is so: it is no output of rv."""
-    if not os.path.lexists(out):
-        return None
-    remedy = "Give another --out, or move it away yourself."
-    if not os.path.isdir(out):
-        return Problem(out, "is no folder, so --overwrite leaves it alone", remedy)
-    if os.listdir(out) and not _is_output(out):
-        return Problem(out, "is no output of rv, so --overwrite leaves it alone", remedy)
-    return None
-
-
 def _overlaps(out: str, checkpoint: Checkpoint) -> bool:
     real, real_input = os.path.realpath(out), os.path.realpath(checkpoint.uri)
     if _holds(real_input, real):
@@ -88,10 +76,6 @@ def _overlaps(out: str, checkpoint: Checkpoint) -> bool:
 
 def _holds(folder: str, path: str) -> bool:
     return os.path.commonpath([folder, path]) == folder
-
-
-def _is_output(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, MANIFEST_FILE))
 
 
 def _existing_parent(path: str) -> str:

@@ -89,6 +89,14 @@ def test_an_output_is_replaced_whole(s3: StoreServer, in_s3: str, out: str, want
     refused = run_rv(*transfer(s3, in_s3, out))
     assert refused.status == 2
     assert "already exists" in refused.stderr
+    store, key = open_store(out)
+    store.put(f"{key}/mine/notes.txt", b"precious")
+    store.put(f"{key}/mine/", b"")
+    refused = run_rv(*transfer(s3, in_s3, out, "--overwrite"))
+    assert refused.status == 2
+    assert "--overwrite would delete: mine/notes.txt. Move that away" in refused.stderr
+    assert "mine/notes.txt" in keys_below(out)
+    store.delete([f"{key}/mine/notes.txt"])
     done = run_rv(*transfer(s3, in_s3, out, "--overwrite"))
     assert done.status == 0, done.stderr
     assert comparable(content_of(out)) == wanted
