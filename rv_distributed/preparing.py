@@ -27,7 +27,7 @@ from rv_distributed.runtime.select import RunOptions, choose_runtime, expected_s
 from rv_distributed.runtime.sizing import size_worker
 from rv_distributed.staging import published
 from rv_distributed.storage import HUB, PosixFolder, open_folder, resolve_output
-from rv_distributed.storage.places import place_problems
+from rv_distributed.storage.places import place_of, place_problems
 
 
 def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_options: RunOptions) -> Job:
@@ -40,7 +40,7 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
         raise UsageError("give each alpha an output of its own")
     outs = [resolve_output(out) for out in outs]
     pushes = {number: hub_target(out) for number, out in enumerate(outs) if out.startswith(HUB)}
-    outs = [local_stage(pushes[number]) if number in pushes else out for number, out in enumerate(outs)]
+    outs = [local_stage(pushes[number]) if number in pushes else place_of(out) for number, out in enumerate(outs)]
     if any(map(is_remote, outs)):
         # There a piece cannot begin in the middle of a file.
         plan_options = replace(plan_options, piece_bytes=WHOLE_SHARDS)

@@ -17,6 +17,22 @@ from rv_distributed.storage.object_places import object_place_problem
 from rv_distributed.storage.replacing import unreplaceable
 
 
+def place_of(out: str) -> str:
+    """The place that an output's name means: for a link, what it leads to, also where nothing is there yet.
+
+    Raises OutputError when it leads in a circle, or into a folder that does not exist.
+    """
+    if is_remote(out) or not os.path.islink(out):
+        return out
+    place = os.path.realpath(out)
+    if os.path.islink(place):
+        raise OutputError(f"{out} is a link that leads in a circle. Give another --out, or remove the link.")
+    if not os.path.isdir(os.path.dirname(place)):
+        where = f"{out} is a link to {place}, and {os.path.dirname(place)} is no folder"
+        raise OutputError(f"{where}. Make that, give another --out, or remove the link.")
+    return place
+
+
 def staging_folder(out: str) -> str:
     """Where the output ``out`` is made: beside it, so on the same file system."""
     parent, name = os.path.split(os.path.abspath(out))

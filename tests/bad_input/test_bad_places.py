@@ -33,7 +33,9 @@ def test_an_output_and_an_input_that_overlap_are_refused(
         "through a link": tmp_path / "link" / role / "deep" / "out",
         "around through a link": tmp_path / "link",
     }[place]
-    told = f"rv: {out}: the output and the input {models / 'target' if 'around' in place else models / role} overlap. "
+    meant = models if place == "around through a link" else out
+    held = models / "target" if "around" in place else models / role
+    told = f"rv: {meant}: the output and the input {held} overlap. "
     assert_refused(tmp_path, transfer(models, out, *more), told + "Give another --out.")
 
 

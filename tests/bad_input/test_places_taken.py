@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from refusal import Spoil, assert_refused, make_models, run_rv, transfer, tree
+from refusal import ROLES, Spoil, assert_refused, make_models, run_rv, transfer, tree
+
+import rv_distributed as rv
 
 
 @pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["", "overwrite"])
@@ -73,3 +75,58 @@ def test_what_is_ours_or_a_cache_is_replaced(tmp_path: Path, name: str) -> None:
         (out / name).write_text("")
     assert run_rv(*transfer(models, out, "--overwrite", "--alpha", "0.3")).status == 0
     assert tree(tmp_path) == wanted
+
+
+def test_a_link_means_the_place_that_it_leads_to(tmp_path: Path) -> None:
+    models, out, link = make_models(tmp_path / "models"), tmp_path / "disk" / "run1", tmp_path / "latest"
+    out.parent.mkdir()
+    link.symlink_to(Path("disk", "run1"))
+    assert run_rv(*transfer(models, link)).status == 0
+    assert "up to date" in run_rv(*transfer(models, out)).stdout
+    other = transfer(models, link, "--alpha", "0.5")
+    assert_refused(tmp_path, other, f"{out}: already exists")
+    (out / "notes.txt").write_text("precious")
+    assert_refused(tmp_path, [*other, "--overwrite"], f"{out}: holds what is not of the output")
+    (out / "notes.txt").unlink()
+    assert run_rv(*other, "--overwrite").status == 0
+    assert "up to date" in run_rv(*transfer(models, out, "--alpha", "0.5")).stdout
+    assert run_rv("verify", link).status == 0
+    assert os.readlink(link) == "disk/run1"
+    assert sorted(os.listdir(tmp_path)) == ["disk", "latest", "models"]
+    assert os.listdir(out.parent) == ["run1"]
+
+
+def test_an_unfinished_run_is_resumed_through_a_link(tmp_path: Path) -> None:
+    models, out, link = make_models(tmp_path / "models"), tmp_path / "disk" / "run1", tmp_path / "latest"
+    out.parent.mkdir()
+    out.symlink_to(tmp_path / "disk" / "run2")
+    link.symlink_to(out)
+    target, donor, reference = (str(models / role) for role in ROLES)
+
+    def stop(_: rv.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rv.transfer(target, donor, reference, str(link), progress=stop)
+    assert sorted(os.listdir(out.parent)) == [".run2.rv", "run1"]
+    assert rv.transfer(target, donor, reference, str(tmp_path / "disk" / "run2")).timings.pieces_kept == 1
+
+
+LINKS = {
+    "a circle": ("out", "is a link that leads in a circle. Give another --out, or remove the link."),
+    "no folder": (
+        "gone/run1",
+        "gone/run1, and {}/gone is no folder. Make that, give another --out, or remove the link.",
+    ),
+    "a folder of others": ("models", "models: is no output of rv, so --overwrite leaves it alone"),
+}
+
+
+@pytest.mark.parametrize("what", LINKS)
+def test_a_link_that_leads_to_no_place_is_refused(tmp_path: Path, what: str) -> None:
+    models = make_models(tmp_path / "in")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "thesis.tex").write_text("")
+    to, told = LINKS[what]
+    (tmp_path / "out").symlink_to(to)
+    assert_refused(tmp_path, transfer(models, tmp_path / "out", "--overwrite"), told.format(tmp_path))
