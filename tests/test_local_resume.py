@@ -175,8 +175,7 @@ def test_damaged_pieces_are_made_again(
 
 def test_another_alpha_on_unfinished_pieces_is_refused_and_restart_begins_anew(inputs: Inputs, tmp_path: Path) -> None:
     inputs.stopped(tmp_path / "out")
-    then, now = np.float32(0.7), np.float32(0.3)
-    with pytest.raises(rv.OutputError, match=rf"alphas.*then {float(then)!r}, now {float(now)!r}.*--restart"):
+    with pytest.raises(rv.OutputError, match=r"alpha: then 0\.7, now 0\.3.*--restart"):
         inputs.run(tmp_path / "out", alpha=0.3)
     assert not (tmp_path / "out").exists()
     assert inputs.run(tmp_path / "out", alpha=0.3, restart=True).timings.pieces_kept == 0
@@ -193,7 +192,7 @@ def test_a_refusal_leaves_the_unfinished_run_as_it_was(inputs: Inputs, tmp_path:
 def test_an_input_that_changed_between_two_runs_is_named(inputs: Inputs, tmp_path: Path) -> None:
     inputs.stopped(tmp_path / "out")
     os.utime(inputs.donor / "model.safetensors", ns=(10**18, 10**18))
-    with pytest.raises(rv.OutputError, match=r"inputs\.1: donor.*model\.safetensors"):
+    with pytest.raises(rv.OutputError, match=r"size or time of .*donor/model\.safetensors changed"):
         inputs.run(tmp_path / "out")
 
 

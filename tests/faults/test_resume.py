@@ -37,11 +37,11 @@ def test_damage_to_records_and_staged_shards_is_found_and_made_again(world: Worl
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("alpha", "alphas[0]: then 0.699"),
-        ("options", "options.include"),
-        ("input", "inputs.1: donor"),
-        ("version", "versions.rv-distributed: then '0.0.1', now "),
-        ("torch", "versions.torch: then '1.0', now "),
+        ("alpha", "(alpha: then 0.7, now 0.3)"),
+        ("options", "(--include: then not given, now first)"),
+        ("input", "/inputs/donor, now "),
+        ("version", "(rv-distributed: then 0.0.1, now "),
+        ("torch", "(torch: then 1.0, now "),
     ],
 )
 def test_another_run_on_unfinished_pieces_is_refused_with_the_difference(world: World, what: str, told: str) -> None:
