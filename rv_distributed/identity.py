@@ -9,6 +9,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.checkpoint.uris import join
 from rv_distributed.plan import Plan
 from rv_distributed.recipe import show_alpha
@@ -51,14 +52,27 @@ def identity_of(plan: Plan, output: int) -> dict[str, Any]:
     }
 
 
+def identity_in(manifest: Manifest, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest tells of the identity of the run that made it; all else as in ``now``."""
+    told = {f"{number}: {item.role}": item for number, item in enumerate(manifest.inputs)}
+    inputs = {
+        key: {**now["inputs"].get(key, {}), "uri": item.uri, "fingerprint": item.fingerprint}
+        for key, item in told.items()
+    }
+    alphas = list(manifest.alphas) or now["alphas"]  # an extract tells none
+    asked = {"operation": manifest.operation, "alphas": alphas, "options": manifest.options}
+    return {**now, **asked, "inputs": inputs, "versions": manifest.versions}
+
+
 def identity_digest(identity: Mapping[str, Any]) -> str:
     """The digest under which a manifest keeps the identity of the run that made it."""
     return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first difference between two identities, in words: what was asked for, before what follows from it."""
-    return next(_differences(then, now), "the small files of an input are others")
+    """The first difference between two identities, in words: what was asked for, before what follows from it; empty
+    where it lies in nothing that has a name."""
+    return next(_differences(then, now), "")
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -25,7 +25,7 @@ from rv_distributed.pushing import hub_target, local_stage, push_problem
 from rv_distributed.recipe import Recipe
 from rv_distributed.runtime.select import RunOptions, choose_runtime, expected_shape
 from rv_distributed.runtime.sizing import size_worker
-from rv_distributed.staging import published
+from rv_distributed.staging import published, unlike
 from rv_distributed.storage import HUB, PosixFolder, open_folder, resolve_output
 from rv_distributed.storage.places import place_of, place_problems
 
@@ -56,9 +56,9 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
                 plan = make_plan(recipe, opened, plan_options)
             except InputError as error:
                 problems += error.problems
-    complete = _complete(plan, outs, run_options) if plan is not None else {}
+    complete, others = _there(plan, outs, run_options) if plan is not None else ({}, {})
     unmade = [out for number, out in enumerate(outs) if number not in complete]
-    places = place_problems(unmade, all_folders(opened.values()), overwrite=run_options.overwrite)
+    places = place_problems(unmade, all_folders(opened.values()), others, overwrite=run_options.overwrite)
     places += [problem for problem in map(push_problem, pushes.values()) if problem is not None]
     if problems or plan is None:
         raise InputError([*problems, *places])
@@ -70,16 +70,19 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
     return Job(recipe, plan_options, opened, plan, tuple(outs), pushes, complete, run_options, runtime, sizing)
 
 
-def _complete(plan: Plan, outs: Sequence[str], options: RunOptions) -> dict[int, Manifest]:
-    """The outputs that an earlier run of the same plan has published: by number, with their manifests."""
-    if options.overwrite and options.restart:
-        return {}
-    found = {
-        number: published(out, identity_of(plan, number), overwrite=options.overwrite)
-        for number, out in enumerate(outs)
-        if is_remote(out) or os.path.lexists(out)
-    }
-    return {number: manifest for number, manifest in found.items() if manifest is not None}
+def _there(plan: Plan, outs: Sequence[str], options: RunOptions) -> tuple[dict[int, Manifest], dict[str, str]]:
+    """The outputs that an earlier run of the same plan has published, by number, with their manifests; and of those
+    that are others, how they differ."""
+    complete, others = dict[int, Manifest](), dict[str, str]()
+    for number, out in enumerate(outs):
+        if (options.overwrite and options.restart) or not (is_remote(out) or os.path.lexists(out)):
+            continue
+        identity = identity_of(plan, number)
+        if manifest := published(out, identity, overwrite=options.overwrite):
+            complete[number] = manifest
+        elif not options.overwrite:
+            others[out] = unlike(out, identity)
+    return complete, others
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from refusal import ROLES, TWO, make_models, run_rv, transfer
+from refusal import ROLES, TWO, assert_refused, make_models, run_rv, transfer
 
 import rv_distributed as rv
 
@@ -53,3 +54,62 @@ def test_another_input_on_an_unfinished_run(tmp_path: Path) -> None:
     inputs = ("--target", models / "target", "--donor", models / "other", "--reference", models / "reference")
     refused = run_rv("transfer", *inputs, "--alpha", "0.7", "--out", out, "--runtime", "local", "--quiet")
     assert f"(donor: then {models / 'donor'}, now {models / 'other'})" in refused.stderr
+
+
+# A finished output
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Path]:
+    """The models, and an output of them with alpha 0.7."""
+    models, out = make_models(tmp_path / "models"), tmp_path / "out"
+    assert run_rv(*transfer(models, out, "--alpha", "0.7")).status == 0
+    return models, out
+
+
+def assert_told(models: Path, out: Path, told: str, *more: str) -> None:
+    wanted = f"{out}: already exists, {told}. Give another --out, or --overwrite to replace it."
+    assert_refused(models, transfer(models, out, *(more or ("--alpha", "0.7"))), wanted)
+
+
+@pytest.mark.parametrize("what", COMMANDS)
+def test_another_command_on_a_finished_output(made: tuple[Path, Path], what: str) -> None:
+    more, told = COMMANDS[what]
+    assert_told(*made, f"made with other inputs, options or versions ({told})", *more)
+
+
+def test_a_file_of_an_input_that_was_written_since(made: tuple[Path, Path]) -> None:
+    file = made[0] / "reference" / TWO
+    os.utime(file, (2**32, 2**32))
+    assert_told(*made, f"made with other inputs, options or versions ({file} was written since)")
+    os.utime(file, (0, 0))
+    assert_told(*made, "made with other inputs, options or versions (other files of an input)")
+
+
+def test_another_input_on_a_finished_output(made: tuple[Path, Path]) -> None:
+    models, _ = made
+    shutil.copyfile(models / "target" / TWO, models / "reference" / TWO)
+    told = f"reference: {models / 'reference'} has other weights"
+    assert_told(*made, f"made with other inputs, options or versions ({told})")
+
+
+def test_a_file_of_the_output_that_is_not_as_it_was(made: tuple[Path, Path]) -> None:
+    _, out = made
+    size = (out / "model.safetensors").stat().st_size
+    os.truncate(out / "model.safetensors", size - 1)
+    assert_told(*made, f"but its model.safetensors has {size - 1} bytes instead of {size}")
+    (out / "model.safetensors").unlink()
+    assert_told(*made, "but its model.safetensors is missing")
+
+
+def test_another_kind_of_output(made: tuple[Path, Path]) -> None:
+    models, out = made
+    inputs = ("--donor", models / "donor", "--reference", models / "reference")
+    done = run_rv("extract", *inputs, "--out", out, "--runtime", "local")
+    assert (
+        "already exists, made with other inputs, options or versions (operation: then transfer, now extract)"
+        in done.stderr
+    )
+    assert run_rv("extract", *inputs, "--out", models / "vector", "--runtime", "local").status == 0
+    done = run_rv("extract", *inputs, "--out", models / "vector", "--runtime", "local", "--include", "up")
+    assert "(--include: then not given, now up)" in done.stderr

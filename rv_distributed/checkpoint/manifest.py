@@ -179,6 +179,11 @@ class Manifest:
         """Whether the output is a target and what was added to it."""
         return self.operation not in WITHOUT_TARGET
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of the output but the manifest, by name."""
+        return {shard.name: shard.bytes for shard in self.shards} | {file.name: file.bytes for file in self.files}
+
     def with_file(self, entry: FileEntry) -> Manifest:
         """The same manifest with one more file."""
         return replace(self, files=(*self.files, entry))

@@ -17,6 +17,7 @@ from rv_distributed.runtime.model import SpanResult
 from rv_distributed.staging.objects import ObjectStaging, published_object, tidy_object
 from rv_distributed.staging.posix import PosixStaging, published_folder, tidy_folder
 from rv_distributed.staging.records import Record
+from rv_distributed.staging.unlike import unlike
 
 
 class Staging(Protocol):
@@ -95,4 +96,4 @@ def tidy(out: str) -> None:
     (tidy_object if is_remote(out) else tidy_folder)(out)
 
 
-__all__ = ["Record", "Staging", "open_staging", "published", "tidy"]
+__all__ = ["Record", "Staging", "open_staging", "published", "tidy", "unlike"]

@@ -152,10 +152,7 @@ def published_object(out: str, identity: Mapping[str, Any], *, overwrite: bool) 
         held = place.held() if overwrite else None
         if overwrite and (held is None or not place.is_published(held)):
             return None
-        sizes = place.sizes()
-        wanted = {shard.name: shard.bytes for shard in manifest.shards}
-        wanted |= {file.name: file.bytes for file in manifest.files}
-        return manifest if all(sizes.get(name) == wanted[name] for name in wanted) else None
+        return manifest if manifest.sizes.items() <= place.sizes().items() else None
     except (OSError, ValueError, RecursionError, OutputError):
         return None
 

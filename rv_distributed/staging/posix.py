@@ -221,7 +221,7 @@ def published_folder(out: str, identity: Mapping[str, Any], *, overwrite: bool) 
             held = _read_held(staging_folder(out))
             if held is None or not _is_published(out, held):
                 return None
-        sizes = {file.name: file.bytes for file in manifest.files} | {file.name: file.bytes for file in manifest.shards}
+        sizes = manifest.sizes
         return manifest if all(os.path.getsize(os.path.join(out, name)) == sizes[name] for name in sizes) else None
     except (OSError, ValueError, RecursionError, OutputError):
         return None

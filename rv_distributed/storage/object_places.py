@@ -16,8 +16,9 @@ from rv_distributed.storage.protocols import ObjectStore
 from rv_distributed.storage.replacing import strays
 
 
-def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool) -> Problem | None:
-    """What is wrong with a place: it overlaps an input, holds something already, or cannot be written to.
+def object_place_problem(out: str, inputs: Iterable[str], differs: str, *, overwrite: bool) -> Problem | None:
+    """What is wrong with a place: it overlaps an input, holds an output already, which ``differs`` as it says, or
+    something else, or cannot be written to.
 
     The last is found by writing a tiny object, which is removed again.
     """
@@ -31,7 +32,7 @@ def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool) ->
         names = {found.key.removeprefix(f"{key}/") for found in patiently(lambda: list(store.list(f"{key}/")))}
         is_ours = MANIFEST_FILE in names or any(name.startswith(OWN_FOLDER) for name in names)
         if MANIFEST_FILE in names and not overwrite:
-            return Problem(out, "already exists", "Give another --out, or --overwrite to replace it.")
+            return Problem(out, f"already exists{differs}", "Give another --out, or --overwrite to replace it.")
         if MANIFEST_FILE in names:
             manifest = read_all(store, f"{key}/{MANIFEST_FILE}")
             # Some tools make an empty object for each folder.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
@@ -39,9 +39,12 @@ def staging_folder(out: str) -> str:
     return os.path.join(parent, f".{name}.rv")
 
 
-def place_problems(outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwrite: bool) -> list[Problem]:
-    """What is wrong with the places of outputs: one that exists (without ``overwrite``), is none of ours, overlaps
-    an input, or lies where nothing can be written. Raises UsageError when outputs lie in each other."""
+def place_problems(
+    outs: Sequence[str], inputs: Iterable[Checkpoint], others: Mapping[str, str], *, overwrite: bool
+) -> list[Problem]:
+    """What is wrong with the places of outputs: one that exists (without ``overwrite``; ``others`` say how they
+    differ), is none of ours, overlaps an input, or lies where nothing can be written. Raises UsageError when outputs
+    lie in each other."""
     places = sorted(outs)
     for out, other in combinations(places, 2):
         if is_remote(out) == is_remote(other) and (
@@ -51,23 +54,23 @@ def place_problems(outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwri
     inputs = list(inputs)
     local_inputs = [checkpoint for checkpoint in inputs if not is_remote(checkpoint.uri)]
     found = (
-        object_place_problem(out, [checkpoint.uri for checkpoint in inputs], overwrite=overwrite)
+        object_place_problem(out, [checkpoint.uri for checkpoint in inputs], others.get(out, ""), overwrite=overwrite)
         if is_remote(out)
-        else _place_problem(out, local_inputs, overwrite)
+        else _place_problem(out, local_inputs, others.get(out, ""), overwrite)
         for out in places
     )
     return [problem for problem in found if problem is not None]
 
 
-def _place_problem(out: str, inputs: Iterable[Checkpoint], overwrite: bool) -> Problem | None:
+def _place_problem(out: str, inputs: Iterable[Checkpoint], differs: str, overwrite: bool) -> Problem | None:
     for checkpoint in inputs:
         if _overlaps(out, checkpoint):
             return Problem(out, f"the output and the input {checkpoint.uri} overlap", "Give another --out.")
     kept = unreplaceable(out)
     if kept is not None and not overwrite:
-        return replace(kept, what=f"already exists, and {kept.what}")
+        return replace(kept, what=f"already exists{differs}, and {kept.what}")
     if os.path.lexists(out) and not overwrite:
-        return Problem(out, "already exists", "Give another --out, or --overwrite to replace it.")
+        return Problem(out, f"already exists{differs}", "Give another --out, or --overwrite to replace it.")
     if os.path.ismount(out):
         return Problem(out, "is a mount point, which no rename can replace", "Give a folder in it as --out.")
     if kept is not None:

@@ -91,7 +91,8 @@ def test_an_output_is_replaced_whole(s3: StoreServer, in_s3: str, out: str, want
     assert "model.safetensors" in keys_below(out)
     refused = run_rv(*transfer(s3, in_s3, out))
     assert refused.status == 2
-    assert "already exists" in refused.stderr
+    assert "already exists, made with other" in refused.stderr
+    assert "(--max-shard-size: then 1000000000, now " in refused.stderr
     store, key = open_store(out)
     store.put(f"{key}/mine/notes.txt", b"precious")
     store.put(f"{key}/mine/", b"")
