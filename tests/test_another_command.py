@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from refusal import ROLES, TWO, assert_refused, make_models, run_rv, transfer
+from refusal import ROLES, TWO, assert_refused, make_models, run_rv, transfer, tree
+from schemas import check
 
 import rv_distributed as rv
 
@@ -39,9 +40,30 @@ def test_another_command_on_an_unfinished_run(tmp_path: Path, what: str) -> None
     models, out = make_models(tmp_path / "models"), tmp_path / "out"
     stopped(models, out)
     more, told = COMMANDS[what]
-    refused = run_rv(*transfer(models, out, "--quiet", *more))
-    assert refused.status == 2
-    assert f"{out}: an unfinished run was begun with other inputs, options or versions ({told}). Run" in refused.stderr
+    wanted = f"{out}: an unfinished run was begun with other inputs, options or versions ({told}). Run"
+    for how in ("--quiet", "--dry-run"):
+        assert_refused(tmp_path, transfer(models, out, *more, how), wanted)
+    assert run_rv(*transfer(models, out, *more, "--dry-run", "--restart")).status == 0
+
+
+def test_a_dry_run_says_what_the_run_would_keep(tmp_path: Path) -> None:
+    models, out = make_models(tmp_path / "models"), tmp_path / "out"
+    command = [*transfer(models, out, "--alpha", "0.7"), "--dry-run"]
+    resumes = "   resumes  1 of 1 piece is there\n"
+    assert resumes not in run_rv(*command).stdout
+    stopped(models, out)
+    before = tree(tmp_path)
+    assert resumes in run_rv(*command).stdout
+    assert check("planned", run_rv(*command, "--json").stdout)["pieces_kept"] == 1
+    assert resumes not in run_rv(*command, "--restart").stdout
+    sweep = transfer(models, tmp_path / "out{alpha}", "--alpha", "0.7,0.5", "--dry-run")
+    (tmp_path / ".out.rv").rename(tmp_path / ".out0.7.rv")
+    assert resumes not in run_rv(*sweep).stdout
+    (tmp_path / ".out0.7.rv").rename(tmp_path / ".out.rv")
+    assert tree(tmp_path) == before
+    done = run_rv(*command[:-1])
+    assert "1 of 1 pieces kept from an earlier run" in done.stdout
+    assert resumes not in run_rv(*command).stdout
 
 
 def test_another_input_on_an_unfinished_run(tmp_path: Path) -> None:

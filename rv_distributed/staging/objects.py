@@ -157,6 +157,16 @@ def published_object(out: str, identity: Mapping[str, Any], *, overwrite: bool) 
         return None
 
 
+def noted_in_object(out: str, identity: Mapping[str, Any]) -> set[int]:
+    """As `noted`."""
+    place = _Place(out)
+    held = place.held()
+    if held is None or place.is_published(held):
+        return set()
+    check_same(out, held, identity)
+    return {int(name.removeprefix(_RECORDS)) for name in place.listed(_RECORDS)}
+
+
 def tidy_object(out: str) -> None:
     """As `tidy`."""
     place = _Place(out)

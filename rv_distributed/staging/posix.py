@@ -48,6 +48,7 @@ from rv_distributed.storage.replacing import unreplaceable
 
 _LOCK: Final = "lock"
 _PLAN: Final = "plan.json"
+_JOURNAL: Final = "records.jsonl"
 _REPLACED: Final = "replaced"
 _READ_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 4
@@ -66,7 +67,7 @@ class PosixStaging:
         self.identity = identity
         self.work = staging_folder(self.out)
         """The place itself: a folder beside the output."""
-        self._journal_path = os.path.join(self.work, "records.jsonl")
+        self._journal_path = os.path.join(self.work, _JOURNAL)
         self._closing = ExitStack()
         try:
             make_folder(self.work)
@@ -127,7 +128,7 @@ class PosixStaging:
 
     def finished(self, plan: Plan) -> dict[int, tuple[SpanResult, ...]]:
         """Pieces whose record is whole and whose bytes have the digests that it states."""
-        records = dict(self._records())
+        records = dict(_records(self._journal_path))
         pieces = [plan.pieces[number] for number in records if number < len(plan.pieces)]
 
         def holds(piece: Piece) -> bool:
@@ -142,13 +143,6 @@ class PosixStaging:
                 for piece, good in zip(pieces, pool.map(holds, pieces), strict=True)
                 if good
             }
-
-    def _records(self) -> Iterator[tuple[int, tuple[SpanResult, ...]]]:
-        with open(self._journal_path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                record = unpack_record(line)
-                if record is not None:
-                    yield record.piece, record.spans
 
     def _holds(self, plan: Plan, piece: Piece, spans: tuple[SpanResult, ...]) -> bool:
         task = task_of(plan, piece)
@@ -227,6 +221,19 @@ def published_folder(out: str, identity: Mapping[str, Any], *, overwrite: bool) 
         return None
 
 
+def noted_in_folder(out: str, identity: Mapping[str, Any]) -> set[int]:
+    """As `noted`."""
+    work = staging_folder(out)
+    held = _read_held(work)
+    if held is None or not os.path.isdir(os.path.join(work, held.folder)) or _is_published(out, held):
+        return set()
+    check_same(out, held, identity)
+    try:
+        return {piece for piece, _ in _records(os.path.join(work, _JOURNAL))}
+    except FileNotFoundError:
+        return set()
+
+
 def tidy_folder(out: str) -> None:
     """As `tidy`."""
     work = staging_folder(out)
@@ -241,6 +248,14 @@ def tidy_folder(out: str) -> None:
     with suppress(OSError):
         os.rmdir(work)
         sync(os.path.dirname(work))
+
+
+def _records(path: str) -> Iterator[tuple[int, tuple[SpanResult, ...]]]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            record = unpack_record(line)
+            if record is not None:
+                yield record.piece, record.spans
 
 
 def _read_held(work: str) -> Held | None:

@@ -76,6 +76,8 @@ def test_another_command_is_refused_until_it_restarts(s3: StoreServer, in_s3: st
     with failing_run(s3, in_s3, out):
         pass
     other = [*transfer(s3, in_s3, out), "--exclude", "norm"]
+    assert "resumes  1 of 2 pieces is there" in run_rv(*transfer(s3, in_s3, out), "--dry-run").stdout
+    assert run_rv(*other, "--dry-run").status == 2
     refused = run_rv(*other)
     assert refused.status == 2
     assert (
