@@ -10,7 +10,7 @@ import typer
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.cli.options import Common, Out, with_common
 from rv_distributed.errors import UsageError
-from rv_distributed.recipe import Recipe, Vector
+from rv_distributed.recipe import Recipe, Vector, named_out
 
 Target = Annotated[str, typer.Option("--target", help="Checkpoint that receives the vector.", metavar="PATH")]
 Donor = Annotated[str, typer.Option("--donor", help="Checkpoint A of A − B: has the skill.", metavar="PATH")]
@@ -41,7 +41,7 @@ def extract(donor: Donor, reference: Reference, out: Out, common: Common) -> Non
       rv extract --donor grpo --reference sft --out vector
       rv extract --donor grpo --reference sft --out vector-mlp --include '\\.mlp\\.'
     """
-    _run(Recipe("extract", None, (Vector(donor, reference),), ((1.0,),)), [out], common)
+    _run(Recipe("extract", None, (Vector(donor, reference),), ((1.0,),)), [named_out(out, {})], common)
 
 
 @with_common
@@ -104,4 +104,4 @@ def parse_alphas(texts: list[str]) -> list[tuple[str, float]]:
 def _outs(template: str, alphas: list[tuple[str, float]]) -> list[str]:
     if len(alphas) > 1 and "{alpha}" not in template:
         raise UsageError("--out: several alphas make several outputs; write for instance --out 'out-{alpha}'")
-    return [template.replace("{alpha}", text) for text, _ in alphas]
+    return [named_out(template, {"alpha": text}) for text, _ in alphas]

@@ -186,6 +186,21 @@ def test_bad_arguments_exit_with_2_and_say_why(models: Path, tmp_path: Path, mor
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["{alfa}", "{}", "{alpha:.2f}"])
+def test_a_name_in_braces_that_stands_for_nothing_is_refused(models: Path, tmp_path: Path, name: str) -> None:
+    done = rv(*transfer_of(models, tmp_path / f"e1-{name}"))
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert f"--out: {name} stands for nothing here, only {{alpha}}" in done.stderr
+
+
+def test_an_extract_has_no_alpha_to_name_its_output_by(models: Path, tmp_path: Path) -> None:
+    done = rv(
+        "extract", "--donor", models / "donor", "--reference", models / "reference", "--out", tmp_path / "{alpha}"
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert "--out: {alpha} stands for nothing here" in done.stderr
+
+
 def test_a_uri_with_options_may_have_an_alpha(models: Path, tmp_path: Path) -> None:
     args: list[str | Path] = ["apply", "--target", models / "target", "--out", tmp_path / "out"]
     vectors = ["--vector", "s3:///v?anonymous=1", "--vector", "s3:///w?region=x=0.5"]

@@ -97,9 +97,11 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert loaded.outs("o-{alpha}-{include}") == ["o-0.5-late", "o-0.5-all", "o-1-late", "o-1-all"]
     with pytest.raises(UsageError, match=r"out-\{alpha\}-\{include\}"):
         loaded.outs("o-{alpha}")
+    with pytest.raises(UsageError, match=r"\{alfa\} stands for nothing here, only \{alpha\} and \{include\}"):
+        loaded.outs("o-{alfa}-{include}")
     single = load_recipe(write(tmp_path, "target: t\nvectors: [{vector: a}]"))
     assert single.outs("o") == ["o"]
-    with pytest.raises(UsageError, match="no sweep of alpha and include"):
+    with pytest.raises(UsageError, match=r"--out: \{alpha\} stands for nothing here"):
         single.outs("o-{alpha}-{include}")
 
 
