@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Final
 
@@ -84,8 +85,11 @@ def _run(recipe: Recipe, outs: list[str], common: Common) -> None:
 
 
 def _split(text: str) -> tuple[str, float | None]:
-    """``PATH=ALPHA`` as its two parts; a path may itself hold an equals sign, and so do a URI's options."""
+    """``PATH=ALPHA`` as its two parts; a path may itself hold an equals sign, and so do a URI's options. What is there
+    under the whole name is meant."""
     path, equals, alpha = text.rpartition("=")
+    if os.path.lexists(os.path.expanduser(text)):
+        return text, None
     is_option = is_remote(path) and _OPTION.search(path)
     try:
         return (path, float(alpha)) if equals and not is_option else (text, None)

@@ -186,6 +186,15 @@ def test_bad_arguments_exit_with_2_and_say_why(models: Path, tmp_path: Path, mor
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_vector_whose_name_reads_like_an_alpha_is_found(models: Path, tmp_path: Path) -> None:
+    vector = tmp_path / "sp ace" / "v=0.5"
+    inputs = ("--donor", models / "donor", "--reference", models / "reference")
+    assert rv("extract", *inputs, "--out", vector).returncode == 0
+    args = ("apply", "--target", models / "target", "--out", tmp_path / "out", "--dry-run", "--vector")
+    assert "O = T + 1·V1" in rv(*args, vector).stdout
+    assert "O = T + 0.25·V1" in rv(*args, f"{vector}=0.25").stdout
+
+
 @pytest.mark.parametrize("name", ["{alfa}", "{}", "{alpha:.2f}"])
 def test_a_name_in_braces_that_stands_for_nothing_is_refused(models: Path, tmp_path: Path, name: str) -> None:
     done = rv(*transfer_of(models, tmp_path / f"e1-{name}"))
