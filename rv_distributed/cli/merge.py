@@ -106,6 +106,11 @@ def parse_alphas(texts: list[str]) -> list[tuple[str, float]]:
 
 
 def _outs(template: str, alphas: list[tuple[str, float]]) -> list[str]:
+    texts = dict[float, str]()
+    for text, value in alphas:
+        if value in texts:
+            raise UsageError(f"--alpha: {texts[value]} and {text} are the same number; give it once")
+        texts[value] = text
     if len(alphas) > 1 and "{alpha}" not in template:
         raise UsageError("--out: several alphas make several outputs; write for instance --out 'out-{alpha}'")
     return [named_out(template, {"alpha": text}) for text, _ in alphas]

@@ -164,6 +164,8 @@ def test_bad_input_is_reported_whole_with_status_2_and_nothing_written(models: P
         (["--alpha", "much"], "not a number"),
         (["--alpha", "inf"], "not a finite float32"),
         (["--alpha", "0.5,0.7"], "{alpha}"),
+        (["--alpha", "0.5,1,0.50"], "--alpha: 0.5 and 0.50 are the same number; give it once"),
+        (["--alpha", "0.5", "--alpha", "0.5"], "--alpha: 0.5 and 0.5 are the same number; give it once"),
         (["--max-shard-size", "big"], "--max-shard-size"),
         (["--memory-budget", "1kB"], "--memory-budget"),
         (["--include", "("], "not a regular expression"),

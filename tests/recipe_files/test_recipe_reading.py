@@ -152,6 +152,10 @@ def test_the_operation_follows_from_the_fields(tmp_path: Path, text: str, operat
         ("operation: linear\ntarget: t\nvectors: [{model: a}]", [(1, "linear has no target")]),
         ("target: t\nvectors: [{vector: a, alpha: 1}]\nsweep: {alpha: [1]}", [(3, "sweep.alpha: changes nothing")]),
         ("vectors: [{donor: a, reference: b}]\nsweep:\n  alpha: [1]", [(3, "sweep: goes with a target only")]),
+        (
+            "target: t\nvectors: [{vector: a}]\nsweep:\n  alpha: [1, .5, 0.50]",
+            [(4, "sweep.alpha: holds 0.5 more than")],
+        ),
         ("target: t\nvectors: [{vector: a}]\nsweep:\n  include: {a/b: x}", [(4, "sweep.include.a/b: 'a/b' cannot be")]),
         ("target: t\nvectors: [{vector: a}]\nseed: 3", [(1, "--seed 3 changes nothing")]),
     ],
