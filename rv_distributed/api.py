@@ -81,7 +81,10 @@ def apply(
 
     Raises as `extract`.
     """
-    pairs = list(vectors.items() if isinstance(vectors, Mapping) else vectors)
+    try:
+        pairs = [(uri, alpha) for uri, alpha in (vectors.items() if isinstance(vectors, Mapping) else vectors)]
+    except (TypeError, ValueError):
+        raise UsageError(f"vectors is {vectors!r}: give {{vector: alpha}}, or a list of (vector, alpha)") from None
     recipe = Recipe("apply", target, tuple(Vector(uri) for uri, _ in pairs), (tuple(alpha for _, alpha in pairs),))
     return prepare(recipe, [out], plan_options or PlanOptions(), run_options or RunOptions()).run(progress, cancel)[0]
 

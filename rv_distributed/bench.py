@@ -20,11 +20,14 @@ from typing import Final
 
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import OutputError, UsageError, redacted
-from rv_distributed.runtime.select import usable_cpus
+from rv_distributed.runtime.select import RunOptions, expected_shape
+from rv_distributed.runtime.sizing import default_streams
 from rv_distributed.storage.publish import preallocate
 from rv_distributed.storage.ranges import RangeReader, RangeWriter
 
 DEFAULT_BYTES: Final = 1 << 30
+#: Measurements of less say more of caches and of the start of threads than of the storage.
+LEAST_KEPT_BYTES: Final = 256 << 20
 _CHUNK: Final = 4 << 20
 #: A transfer reads three checkpoints for one that it writes.
 _READS_A_WRITE: Final = 3
@@ -51,7 +54,8 @@ class StorageSpeed:
 
 
 def measure_storage(folder: str, nbytes: int = DEFAULT_BYTES) -> StorageSpeed:
-    """Measure the file system of ``folder`` with two temporary files of ``nbytes`` in it, and keep the result.
+    """Measure the file system of ``folder`` with two temporary files of ``nbytes`` in it, and keep the result, unless
+    ``nbytes`` is less than `LEAST_KEPT_BYTES`.
 
     Raises OutputError when they cannot be written there, UsageError for a URI.
     """
@@ -73,9 +77,10 @@ def measure_storage(folder: str, nbytes: int = DEFAULT_BYTES) -> StorageSpeed:
             _drop_cache(source)
             mixed = nbytes * (1 + 1 / _READS_A_WRITE) / _timed(nbytes, _mixer(source, copy), flush=copy)
     except OSError as error:
-        raise OutputError(f"{error.filename or folder}: cannot be measured: {error.strerror}") from error
+        raise OutputError(f"{folder}: cannot be measured: {error.strerror}") from error
     speed = StorageSpeed(write, read, cached, mixed)
-    _remember(folder, speed)
+    if nbytes >= LEAST_KEPT_BYTES:
+        _remember(folder, speed)
     return speed
 
 
@@ -107,7 +112,8 @@ def _timed(nbytes: int, make: Callable[[], Callable[[int], None]], flush: str | 
         except OSError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(2 * usable_cpus())]
+    streams = default_streams(expected_shape(RunOptions(), "local"))
+    threads = [threading.Thread(target=work) for _ in range(streams)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()

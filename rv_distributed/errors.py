@@ -12,7 +12,7 @@
     │   ├── WorkerError   workers died, and no attempts are left
     │   └── ChangedError  an input changed while it was read
     ├── VerifyError       a finished output differs from its manifest          exit status 3
-    ├── Interrupted       SIGINT or SIGTERM; the run can be resumed            exit status 130, 143
+    ├── Interrupted       SIGINT, SIGTERM, SIGHUP; the run can be resumed      exit status 130, 143, 129
     └── Cancelled         the caller's event asked the run to stop; it can be resumed
 
 All of them survive pickling: their constructors take exactly the values that they keep in ``args``. What they
@@ -27,6 +27,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+#: Problems with the tensors of an input, or the like, that are told one by one.
+MAX_REPORTED: Final = 20
 _MAX_QUOTED: Final = 1000
 _NOT_ASCII: Final = re.compile(r"[^ -~]")
 _USER_INFO: Final = re.compile(r"(?<=://)[^\s/@\\\"']+@")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 from rv_distributed.checkpoint.distributed import METADATA_FILE
@@ -118,7 +118,8 @@ class Job:
         try:
             made = self._make(progress, cancel or threading.Event()) if self.todo else {}
         except PieceError:
-            check_unchanged(self.plan)  # then that is the cause
+            with suppress(OSError):
+                check_unchanged(self.plan)  # a change is the cause then
             raise
         except OSError as error:
             raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
@@ -145,6 +146,8 @@ class Job:
             try:
                 timings, pieces = self._stream(runtime, stagings, reducers, kept, watch, cancel)
                 watch.committing()
+                # Every commit does so again; but NaN, or a small file that cannot be read, may come of a change.
+                check_unchanged(self.plan)
                 if not self.options.allow_nonfinite:
                     for reducer in reducers:
                         reducer.check_finite()
@@ -191,14 +194,15 @@ class Job:
         def tasks() -> Iterator[PieceTask]:
             for piece in self.plan.pieces:
                 # Workers ask for the next task before the results of others come.
-                _check(cancel)
+                check_cancel(cancel)
                 if piece.number not in kept:
                     yield task_of(self.plan, piece)
 
         began = time.monotonic()
         done: list[tuple[PieceResult, float]] = []
+        config = self._worker_config(stagings, runtime.shape)
         # Closed before the stagings are: no worker may write once another run can take the place.
-        with closing(runtime.run(tasks(), self._worker_config(stagings, runtime.shape))) as results:
+        with closing(runtime.run(tasks(), config, kept=len(kept))) as results:
             for result in results:
                 shard = self.plan.shards[self.plan.pieces[result.piece].shard].name
                 made = zip(reducers, stagings, result.outputs, result.states, strict=True)
@@ -208,7 +212,7 @@ class Job:
                 watch.add(result)
                 # Of its outputs, the reducers have what is wanted.
                 done.append((result._replace(outputs=()), time.monotonic() - began))
-                _check(cancel)
+                check_cancel(cancel)
         shares = watch.workers.values()
         timings = Timings(
             run_s=time.monotonic() - began,
@@ -251,6 +255,7 @@ class Job:
         return LocalRuntime(self.options.device, expected_shape(self.options, self.runtime))
 
 
-def _check(cancel: threading.Event) -> None:
+def check_cancel(cancel: threading.Event) -> None:
+    """Raise Cancelled once the event is set."""
     if cancel.is_set():
         raise Cancelled("stopped by its caller; the same call resumes")

@@ -33,17 +33,16 @@ from rv_distributed.checkpoint.sidecars import why_left_out
 from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.opening_distributed import open_distributed
-from rv_distributed.small_files import read_bounded, read_vocabulary, tie_warnings
+from rv_distributed.small_files import CHECK_ACCESS, read_bounded, read_vocabulary, tie_warnings
 from rv_distributed.storage import Folder, PosixFolder, open_folder
+from rv_distributed.storage.objects import PARALLEL_READS
 from rv_distributed.storage.posix import is_text
 from rv_distributed.storage.same import same_bytes
 
 #: One read fetches most headers whole.
 _FIRST_READ_BYTES: Final = 256 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
-_PARALLEL_READS: Final = 16
 _DOWNLOAD_AGAIN: Final = "Download the file again."
-_CHECK_ACCESS: Final = "Check its permissions and its storage."
 _RELINK: Final = "Download the file again, or remove the link."
 _OTHER_FORMATS: Final = (
     (
@@ -148,7 +147,7 @@ def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False, vocabulary: 
         try:
             warnings += tie_warnings(folder, config or {}, tensors)
         except OSError as error:
-            problems.append(Problem(folder.uri, f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
+            problems.append(Problem(folder.uri, f"cannot be read: {error.strerror or error}", CHECK_ACCESS))
     if problems:
         raise InputError(problems)
     revision = _COMMIT.search(folder.uri)
@@ -180,7 +179,7 @@ def _load_shards(
         return _load_header(folder, file)
 
     tensors: dict[str, Tensor] = {}
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
         for file, loaded in zip(shards, pool.map(load, shards), strict=True):
             if isinstance(loaded, Problem):
                 problems.append(loaded)
@@ -215,7 +214,7 @@ def _choose_shards(
         problems.append(Problem(where, str(error), _DOWNLOAD_AGAIN))
         return None, []
     except OSError as error:
-        problems.append(Problem(where, f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
+        problems.append(Problem(where, f"cannot be read: {error.strerror or error}", CHECK_ACCESS))
         return None, []
     named = sorted(set(weight_map.values()))
     for name in named:
@@ -284,7 +283,7 @@ def _load_header(folder: Folder, file: FileState) -> tuple[Header, int, bytes] |
     except HeaderError as error:
         return Problem(where, error.what, _DOWNLOAD_AGAIN, error.tensor)
     except OSError as error:
-        return Problem(where, f"cannot be read: {error.strerror or error}", _CHECK_ACCESS)
+        return Problem(where, f"cannot be read: {error.strerror or error}", CHECK_ACCESS)
     return header, data_start, blake3(f"{file.name}\0{file.size}\0".encode()).update(raw).update(data).digest()
 
 
@@ -328,7 +327,7 @@ def _read_json(
     try:
         document = json.loads(read_bounded(folder, files[name]))
     except OSError as error:
-        problems.append(Problem(folder.path(name), f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
+        problems.append(Problem(folder.path(name), f"cannot be read: {error.strerror or error}", CHECK_ACCESS))
         return None
     except (ValueError, RecursionError) as error:
         problems.append(Problem(folder.path(name), f"is not readable JSON: {error}", _DOWNLOAD_AGAIN))

@@ -22,14 +22,13 @@ from rv_distributed.checkpoint.distributed import (
 from rv_distributed.checkpoint.dtypes import item_bytes
 from rv_distributed.checkpoint.model import FileState, Tensor
 from rv_distributed.checkpoint.sources import Box, Gathered
-from rv_distributed.errors import Problem
+from rv_distributed.errors import MAX_REPORTED, Problem
 from rv_distributed.storage import Folder
+from rv_distributed.storage.objects import PARALLEL_READS
 from rv_distributed.units import plural
 
 _MAX_METADATA_BYTES: Final = 1_000_000_000
 _SAMPLE_BYTES: Final = 64 * 1024
-_PARALLEL_READS: Final = 16
-_MAX_REPORTED: Final = 20
 _SAVE_AGAIN: Final = "Save the checkpoint again, or convert it: transformers' save_pretrained writes safetensors."
 
 
@@ -71,15 +70,15 @@ def open_distributed(folder: Folder, files: Mapping[str, FileState], problems: l
 
     wrong: list[Problem] = []
     boxes: dict[str, list[Box]] = {name: [] for name in saved.tensors}
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
         for (name, _, record), place in zip(parts, pool.map(locate, parts), strict=True):
             if isinstance(place, Problem):
                 wrong.append(place)
             else:
                 boxes[name].append(Box(folder.path(record.file), place, record.starts, record.sizes))
-    if len(wrong) > _MAX_REPORTED:
-        more = f"has {len(wrong) - _MAX_REPORTED} more parts with such problems"
-        wrong[_MAX_REPORTED:] = [Problem(where, more, "Correct the ones above first.")]
+    if len(wrong) > MAX_REPORTED:
+        more = f"has {len(wrong) - MAX_REPORTED} more parts with such problems"
+        wrong[MAX_REPORTED:] = [Problem(where, more, "Correct the ones above first.")]
     problems += wrong
     if problems:
         return found

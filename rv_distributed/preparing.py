@@ -30,8 +30,11 @@ from rv_distributed.storage import HUB, PosixFolder, open_folder, resolve_output
 from rv_distributed.storage.places import place_of, place_problems
 
 
-def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_options: RunOptions) -> Job:
-    """Open and check every input, and plan the run. Writes nothing.
+def prepare(
+    recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_options: RunOptions, *, dry_run: bool = False
+) -> Job:
+    """Open and check every input, and plan the run. Writes nothing, but a tiny object where an output goes to a store,
+    which is removed again; with ``dry_run`` not even that.
 
     ``outs`` are the output folders, one for each row of ``recipe.alphas``. Raises UsageError, InputError
     with the problems of all inputs, and OutputError.
@@ -58,7 +61,8 @@ def prepare(recipe: Recipe, outs: Sequence[str], plan_options: PlanOptions, run_
                 problems += error.problems
     complete, others = _there(plan, outs, run_options) if plan is not None else ({}, {})
     unmade = [out for number, out in enumerate(outs) if number not in complete]
-    places = place_problems(unmade, all_folders(opened.values()), others, overwrite=run_options.overwrite)
+    inputs = all_folders(opened.values())
+    places = place_problems(unmade, inputs, others, overwrite=run_options.overwrite, dry_run=dry_run)
     places += [problem for problem in map(push_problem, pushes.values()) if problem is not None]
     if problems or plan is None:
         raise InputError([*problems, *places])

@@ -125,7 +125,11 @@ class Recipe:
             raise UsageError(f"normalize and scale go with task_arithmetic and linear, not with {self.operation}")
         for alpha in (*(alpha for row in self.alphas for alpha in row), self.scale):
             for value in values_of(alpha):
-                if not math.isfinite(value) or not math.isfinite(as_float32(value)):
+                try:
+                    finite = math.isfinite(value) and math.isfinite(as_float32(value))
+                except TypeError:
+                    raise UsageError(f"alpha {value!r} is not a number") from None
+                if not finite:
                     raise UsageError(f"alpha {value} is not a finite float32")
             for pattern in patterns_of(alpha):
                 check_pattern(pattern)
@@ -198,6 +202,17 @@ def values_of(alpha: Alpha) -> Iterator[float]:
             yield from choice.values
     else:
         yield alpha
+
+
+def in_words(alpha: ByTensor) -> str:
+    """For people: ``0.3 for \\.mlp\\., 0.1→0.2 over the layers for the rest``."""
+    texts: list[str] = []
+    for values, match in alpha.choices:
+        text = "→".join(map(show_alpha, values)) + (" over the layers" if len(values) > 1 else "")
+        # An empty expression, that of a sweep over all tensors, finds itself in every name.
+        patterns = " and ".join(filter(None, match)) or ("the rest" if texts else "")
+        texts.append(f"{text} for {patterns}" if patterns else text)
+    return ", ".join(texts)
 
 
 def patterns_of(alpha: Alpha) -> Iterator[str]:

@@ -1,9 +1,8 @@
 """The reducer: collects the results of all pieces and commits the output.
 
 Call `Reducer.add` for every finished piece, then `Reducer.commit` once, with `Reducer.check_finite` before it
-where NaN and infinity are not to be published. The commit checks that the inputs
-are still what was read, writes the small files into the staging folder, the manifest last, flushes
-everything and publishes it by one rename.
+where NaN and infinity are not to be published. The commit writes the small files into the staging folder, checks that
+the inputs are still what was read, flushes everything and publishes it by one rename, the manifest last.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class Reducer:
         self._pieces[piece] = spans
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError when the output holds NaN or infinity; otherwise as `commit`."""
-        check_unchanged(self._plan)
+        """Raise NonFiniteError when the output holds NaN or infinity, RunError when a piece is missing."""
         check_finite(self._plan, self._staging.out, self._results[0])
 
     def commit(self, timings: Timings, pieces: Sequence[PieceRow], recipe: str) -> Manifest:
@@ -75,7 +73,6 @@ class Reducer:
         Raises RunError when a piece is missing, ChangedError when an input is no longer what the plan was made from,
         and OSError.
         """
-        check_unchanged(self._plan)
         rows, totals = self._results
         self._write_scales()
         files = [self._write(TABLE_FILE, write_table(rows)), self._write(PIECES_FILE, write_pieces(pieces))]
@@ -114,7 +111,7 @@ class Reducer:
         names = {item.uri: model_name(item.uri) for item in self._plan.inputs}
         card = self._write(_CARD_FILE, build_card(manifest, names, _license_of(self._plan.giver)).encode())
         manifest = manifest.with_file(card).sealed()
-        # Once more, as the small files were read after the first time.
+        # After all that was read of them, the small files of just now, too.
         check_unchanged(self._plan)
         self._staging.publish(manifest.to_json())
         return manifest
@@ -151,7 +148,8 @@ class Reducer:
 
 
 def check_unchanged(plan: Plan) -> None:
-    """Raise ChangedError when an input file is not in the state in which the plan saw it."""
+    """Raise ChangedError when an input file is not in the state in which the plan saw it, and OSError when its storage
+    cannot tell."""
     for item in plan.inputs:
         folder = open_folder(item.uri)
         states = folder.states(file.name for file in item.files)

@@ -19,7 +19,7 @@ _MAX_BYTES: Final = 100_000_000
 #: As much of two tensors is compared as tells in a moment whether one was trained apart from the other.
 _SAMPLES: Final = 16
 _SAMPLE_BYTES: Final = 4 * 1024
-_CHECK_ACCESS: Final = "Check its permissions and its storage."
+CHECK_ACCESS: Final = "Check its permissions and its storage."
 
 
 def read_bounded(folder: Folder, file: FileState) -> bytes:
@@ -38,7 +38,7 @@ def read_vocabulary(folder: Folder, files: Mapping[str, FileState], problems: li
         problems.append(Problem(folder.path(error.file), error.what, "Download the file again."))
     except OSError as error:
         where = folder.path(names[0])
-        problems.append(Problem(where, f"cannot be read: {error.strerror or error}", _CHECK_ACCESS))
+        problems.append(Problem(where, f"cannot be read: {error.strerror or error}", CHECK_ACCESS))
     return None
 
 

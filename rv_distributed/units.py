@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rv_distributed.errors import UsageError
 
@@ -21,20 +22,21 @@ def parse_bytes(text: str, option: str) -> int:
 
 def show_bytes(count: float) -> str:
     """Bytes in decimal units with three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.3g} TB"
+    return _scaled(round(count), (" B", " kB", " MB", " GB", " TB", " PB", " EB"), digits=3)
 
 
 def show_count(count: float) -> str:
     """A number of things, such as parameters: ``494 M``."""
-    for unit in ("", " k", " M", " B"):
-        if count < 1000:
-            return f"{count:.4g}{unit}"
+    return _scaled(count, ("", " k", " M", " B", " T"), digits=4)
+
+
+def _scaled(count: float, units: Sequence[str], *, digits: int) -> str:
+    """``count`` in the first of ``units``, each 1000 of the one before, in which it is less than 1000 as shown."""
+    for unit in units[:-1]:
+        if float(shown := f"{count:.{digits}g}") < 1000:
+            return shown + unit
         count /= 1000
-    return f"{count:.4g} T"
+    return f"{count:.{digits}g}{units[-1]}"
 
 
 def show_seconds(seconds: float) -> str:

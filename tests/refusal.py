@@ -33,7 +33,8 @@ class Done(NamedTuple):
 
 def run_rv(*args: str | Path) -> Done:
     """``rv ARGS``, through the console script's own function."""
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv = ["rv", *map(str, args)]
     try:
         stdout, stderr = io.StringIO(), io.StringIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,10 @@ import pytest
 from reference import Raw, combined, extracted, read_checkpoint, weights, write_checkpoint
 
 import rv_distributed as rv
+from rv_distributed import reduce
+from rv_distributed.checkpoint.pieces import PieceRow, write_pieces
 from rv_distributed.runtime.model import WorkerShape
+from rv_distributed.storage import PosixFolder
 from rv_distributed.watching import ProgressCallback
 
 LOCAL = rv.RunOptions(runtime="local", workers=1)
@@ -123,6 +127,41 @@ def test_outputs_whose_names_only_begin_alike_are_no_outputs_in_each_other(input
     assert job.outs == tuple(outs)
 
 
+def test_a_sweep_looks_at_its_inputs_once_and_before_each_output_again(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    states = PosixFolder.states
+
+    def counted(folder: PosixFolder, names: Iterable[str]) -> dict[str, str]:
+        looks.append(folder.uri)
+        return states(folder, names)
+
+    monkeypatch.setattr(PosixFolder, "states", counted)
+    outs = [str(tmp_path / name) for name in ("one", "two")]
+    rv.prepare(inputs.recipe(0.5, 0.7), outs, rv.PlanOptions(), LOCAL).run()
+    assert sorted(looks) == sorted([*inputs] * 3)
+
+
+def test_an_input_that_changes_between_two_commits_stops_the_second(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = Path(inputs.donor, "model.safetensors")
+    commits: list[Path] = []
+
+    def touch(pieces: Sequence[PieceRow]) -> bytes:
+        if commits:
+            os.utime(donor, ns=(10**18, 10**18))
+        commits.append(donor)
+        return write_pieces(pieces)
+
+    monkeypatch.setattr(reduce, "write_pieces", touch)
+    outs = [tmp_path / name for name in ("one", "two")]
+    with pytest.raises(rv.ChangedError, match=r"donor/model\.safetensors changed"):
+        rv.prepare(inputs.recipe(0.5, 0.7), [str(out) for out in outs], rv.PlanOptions(), LOCAL).run()
+    assert [out.exists() for out in outs] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("asked", "dtype", "name"),
     [(None, "float32", "F32"), ("auto", "float32", "F32"), ("bfloat16", "bfloat16", "BF16")],
@@ -163,4 +202,4 @@ def test_a_run_has_the_buffers_that_fit_its_workers_not_those_that_were_expected
     job = rv.prepare(inputs.recipe(0.5), [str(tmp_path / "out")], rv.PlanOptions(), rv.RunOptions(runtime="ray"))
     expected, found = job._worker_config([], WorkerShape(1, False)), job._worker_config([], WorkerShape(4, True))
     assert (expected.streams, expected.cpus, expected.buffer_bytes) == (3, 1, job.sizing.buffer_bytes)
-    assert (found.streams, found.cpus, found.buffer_bytes) == (12, 4, 4 * job.sizing.buffer_bytes)
+    assert (found.streams, found.cpus, found.buffer_bytes) == (6, 4, 2 * job.sizing.buffer_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -165,11 +166,19 @@ def tear_the_last_record(out: Path) -> None:
     ],
 )
 def test_damaged_pieces_are_made_again(
-    inputs: Inputs, tmp_path: Path, damage: Callable[[Path], object], kept: int
+    inputs: Inputs,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    kept: int,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     inputs.stopped(tmp_path / "out")
     damage(tmp_path / "out")
     assert inputs.run(tmp_path / "out").timings.pieces_kept == kept
+    # What has no record is as if it had never been finished.
+    lost = 0 if "record" in request.node.callspec.id else 3 - kept
+    assert (f"{lost} changed since and will be made again" in caplog.text) == bool(lost)
     assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
 
 
@@ -219,6 +228,31 @@ def test_an_input_that_changes_during_the_run_stops_the_commit(
     assert not (tmp_path / "out").exists()
 
 
+def stale(file: Path) -> Callable[..., os.stat_result]:
+    """`os.stat` on a file system that has lost its hold of one file."""
+    stat = os.stat
+
+    def failing(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        if path == str(file):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return stat(path, *args, **more)
+
+    return failing
+
+
+def test_a_storage_that_cannot_tell_whether_an_input_changed_costs_no_pieces(inputs: Inputs, tmp_path: Path) -> None:
+    def progress(now: rv.Progress) -> None:
+        if now.pieces == now.pieces_total:
+            failing.setattr(os, "stat", stale(inputs.donor / "model.safetensors"))
+
+    told = r"donor/model\.safetensors: Stale file handle"
+    with pytest.MonkeyPatch.context() as failing, pytest.raises(rv.RunError, match=told) as caught:
+        inputs.run(tmp_path / "out", progress=progress)
+    assert type(caught.value) is rv.RunError
+    manifest = inputs.run(tmp_path / "out")
+    assert manifest.timings.pieces_kept == manifest.timings.pieces
+
+
 def test_an_input_that_is_cut_short_during_the_run_fails_it(inputs: Inputs, tmp_path: Path) -> None:
     def progress(_: rv.Progress) -> None:
         os.truncate(inputs.donor / "model.safetensors", 5000)
@@ -226,6 +260,22 @@ def test_an_input_that_is_cut_short_during_the_run_fails_it(inputs: Inputs, tmp_
     with pytest.raises(rv.RunError, match=r"donor/model\.safetensors"):
         inputs.run(tmp_path / "out", progress=progress)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_a_piece_stays_when_the_storage_cannot_tell_whether_its_input_changed(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    file = inputs.donor / "model.safetensors"
+
+    def progress(_: rv.Progress) -> None:
+        os.truncate(file, 5000)
+        failing.setattr(os, "stat", stale(file))
+
+    told = "tensor .*ends at byte"
+    with pytest.MonkeyPatch.context() as failing, pytest.raises(rv.PieceError, match=told) as caught:
+        inputs.run(tmp_path / "out", progress=progress)
+    assert caught.value.file == str(file)
+    assert caught.value.tensors
 
 
 def test_an_output_that_exists_is_refused_and_left_alone(inputs: Inputs, tmp_path: Path) -> None:

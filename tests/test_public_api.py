@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 
 import rv_distributed as rv
 
@@ -23,3 +28,23 @@ def test_importing_the_package_imports_none_of_the_heavy_ones() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("vectors", ["py/vec", ["py/vec"], [("py/vec",)], [7], None], ids=repr)
+def test_vectors_of_another_form_are_refused_with_the_one_that_is_wanted(vectors: Any) -> None:
+    with pytest.raises(rv.UsageError, match=r"give \{vector: alpha\}, or a list of \(vector, alpha\)"):
+        rv.apply("t", vectors, "o")
+
+
+@pytest.mark.parametrize("alpha", ["0.7", [0.5, 0.7], None, 1j], ids=repr)
+def test_an_alpha_that_is_no_number_is_refused(alpha: Any) -> None:
+    with pytest.raises(rv.UsageError, match="is not a number"):
+        rv.transfer("t", "d", "r", "o", alpha=alpha)
+    with pytest.raises(rv.UsageError, match="is not a number"):
+        rv.apply("t", {"v": alpha}, "o")
+
+
+@pytest.mark.parametrize("alpha", [1, np.float32(0.5), np.float64(0.5), np.int64(1)], ids=repr)
+def test_other_kinds_of_numbers_are_alphas(alpha: Any, tmp_path: Path) -> None:
+    with pytest.raises(rv.InputError):
+        rv.transfer(*(str(tmp_path / name) for name in ("t", "d", "r", "o")), alpha=alpha)

@@ -34,5 +34,8 @@ def test_other_sizes_are_refused_by_the_name_of_the_option(text: str) -> None:
 
 def test_numbers_are_shown_with_few_digits() -> None:
     assert [show_bytes(n) for n in (0, 999, 1500, 3.09e9, 1.3e12)] == ["0 B", "999 B", "1.5 kB", "3.09 GB", "1.3 TB"]
+    assert [show_bytes(n) for n in (999.6, 999_499, 999_500)] == ["1 kB", "999 kB", "1 MB"]
+    assert [show_bytes(n) for n in (999_999_999, 2.5e15, 2e18)] == ["1 GB", "2.5 PB", "2 EB"]
+    assert [show_count(n) for n in (999, 999_940, 999_960)] == ["999", "999.9 k", "1 M"]
     assert [show_count(n) for n in (7, 494_032_768, 671e9)] == ["7", "494 M", "671 B"]
     assert [show_seconds(s) for s in (2.34, 125, 7300)] == ["2.3 s", "2 min 5 s", "2 h 1 min"]

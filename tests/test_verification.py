@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 
 import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
+from rv_distributed.storage.posix import PosixFolder
+from rv_distributed.storage.ranges import RangeReader
 from rv_distributed.verification.output import open_output
 
 PIECE = 1 << 20
@@ -277,3 +280,27 @@ def test_the_command_finds_a_flipped_bit_in_every_tensor(out: Path) -> None:
     for finding in findings:
         tensor = tensors[finding["tensor"]]
         assert finding["start"] <= (tensor.start + tensor.stop) // 2 < finding["stop"]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, TABLE, INDEX, "shard"])
+def test_a_file_that_cannot_be_read_is_named(out: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = shards(out)[0] if name == "shard" else name
+    read = PosixFolder.read
+
+    def failing(self: PosixFolder, wanted: str, start: int = 0, stop: int | None = None) -> bytes:
+        if wanted == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, wanted, start, stop)
+
+    monkeypatch.setattr(PosixFolder, "read", failing)
+    with pytest.raises(rv.RunError, match=rf"/out/{name}: cannot be read: Input/output error\. Check the storage"):
+        rv.verify(str(out))
+
+
+def test_a_range_that_cannot_be_read_is_named_with_its_tensor(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(RangeReader, "read_cached", failing)
+    with pytest.raises(rv.PieceError, match=r"safetensors, bytes \d+ to \d+ \(tensor '.*'\): cannot be read: Input"):
+        rv.verify(str(out))

@@ -52,7 +52,7 @@ def build_card(manifest: Manifest, names: Mapping[str, str], licence: Mapping[st
     metadata = {"base_model": base_models, "library_name": "transformers", **licence, "tags": list(TAGS)}
     kind = _KINDS.get(manifest.operation, "A model with a reasoning vector added")
     rows = [
-        f"| {item.role} | {_cell(names[item.uri])} | {item.revision or ''} | `{item.fingerprint[:23]}…` |"
+        f"| {item.role} | {as_markdown(names[item.uri])} | {item.revision or ''} | `{item.fingerprint[:23]}…` |"
         for item in manifest.inputs
     ]
     totals = manifest.totals
@@ -86,6 +86,6 @@ def _arithmetic(options: Mapping[str, str]) -> str:
     return f"{options['compute_dtype']} and rounded once, {how}"
 
 
-def _cell(text: str) -> str:
-    """Text for a table cell: inputs' names are shown, never interpreted."""
+def as_markdown(text: str) -> str:
+    """Text from files is shown, never interpreted."""
     return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", text)

@@ -246,14 +246,16 @@ def _alpha(value: object) -> float | None:
 
 
 _Entry = TypeVar("_Entry")
-#: The types of the fields of all entries, as they are annotated; others hold entries that are checked already.
-_TYPES: Final[dict[str, tuple[type, ...]]] = {
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "int": (int,),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "Mapping[str, str]": (dict,),
+_DIGESTS: Final = ("digest", "identity")
+#: By how fields are annotated, the types of their values and their JSON schema; others hold entries, each of which is
+#: checked by itself.
+_TYPES: Final[dict[str, tuple[tuple[type, ...], dict[str, Any]]]] = {
+    "str": ((str,), {"type": "string"}),
+    "str | None": ((str, type(None)), {"type": ["string", "null"]}),
+    "int": ((int,), {"type": "integer", "minimum": 0}),
+    "float": ((int, float), {"type": "number"}),
+    "float | None": ((int, float, type(None)), {"type": ["number", "null"]}),
+    "Mapping[str, str]": ((dict,), {"type": "object", "additionalProperties": {"type": "string"}}),
 }
 
 
@@ -261,10 +263,11 @@ def _one_of(kind: type[_Entry], document: object) -> _Entry:
     values = _check_names(kind, document)
     for field in fields(kind):  # type: ignore[arg-type]
         value = values[field.name]
-        sound = isinstance(value, _TYPES.get(str(field.type), (object,))) and not isinstance(value, bool)
+        types, _ = _TYPES.get(str(field.type), ((object,), {}))
+        sound = isinstance(value, types) and not isinstance(value, bool)
         if isinstance(value, int):
             sound = sound and value >= 0
-        if field.name in ("digest", "identity"):
+        if field.name in _DIGESTS:
             sound = sound and _HEX.fullmatch(value) is not None
         if not sound:
             raise ManifestError(f"is not a manifest: {field.name} of {kind.__name__} is {value!r:.80}")
@@ -292,71 +295,31 @@ def _list(documents: object) -> list[Any]:
     return documents
 
 
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
+#: The schema of fields whose values are not any of their type.
+_SCHEMAS_BY_NAME: Final[dict[str, Any]] = {
+    "schema_version": {"const": SCHEMA_VERSION},
+    "operation": {"enum": list(OPERATIONS)},
+    "role": {"enum": list(ROLES)},
+    "fingerprint": {"type": "string", "pattern": "^blake3:[0-9a-f]{64}$"},
+    **{name: {"type": "string", "pattern": "^[0-9a-f]{64}$"} for name in _DIGESTS},
+}
+
+
+def _schema_of(kind: type[Any]) -> dict[str, Any]:
+    """The schema of an entry, from its fields."""
+    properties = {field.name: _SCHEMAS_BY_NAME.get(field.name) or _schema_as(str(field.type)) for field in fields(kind)}
     return {"type": "object", "properties": properties, "required": sorted(properties), "additionalProperties": False}
 
 
-_TEXT: Final = {"type": "string"}
-_COUNT: Final = {"type": "integer", "minimum": 0}
-_NUMBER: Final = {"type": "number"}
-_NUMBER_OR_NULL: Final = {"type": ["number", "null"]}
-_DIGEST: Final = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-_TEXTS: Final = {"type": "object", "additionalProperties": _TEXT}
-
-_NUMBERS_OF_TOTALS: Final = ("v_norm", "t_norm", "v_max", "cosine", "realised_alpha", "relative_error")
-_COUNTS_OF_TOTALS: Final = (
-    *("nonzero_elements", "changed_elements", "absorbed_elements", "ulps_max", "inexact_elements"),
-    *("overflowed_elements", "nan_elements", "infinite_elements"),
-)
-
-
-def _array(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
+def _schema_as(annotation: str) -> dict[str, Any]:
+    """The schema of a field, from its annotation."""
+    if items := re.fullmatch(r"tuple\[(.+), \.\.\.\]", annotation):
+        return {"type": "array", "items": _schema_as(items[1])}
+    return _TYPES[annotation][1] if annotation in _TYPES else _schema_of(globals()[annotation])
 
 
 MANIFEST_SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "rv_manifest.json",
-    **_object(
-        {
-            "schema_version": {"const": SCHEMA_VERSION},
-            "digest": _DIGEST,
-            "operation": {"enum": list(OPERATIONS)},
-            "formula": _TEXT,
-            "inputs": _array(
-                _object(
-                    {
-                        "role": {"enum": list(ROLES)},
-                        "uri": _TEXT,
-                        "fingerprint": {"type": "string", "pattern": "^blake3:[0-9a-f]{64}$"},
-                        "revision": {"type": ["string", "null"]},
-                    }
-                )
-            ),
-            "alphas": _array(_NUMBER_OR_NULL),
-            "options": _TEXTS,
-            "versions": _TEXTS,
-            "created": _TEXT,
-            "identity": _DIGEST,
-            "shards": _array(_object({"name": _TEXT, "bytes": _COUNT, "digest": _DIGEST})),
-            "files": _array(_object({"name": _TEXT, "bytes": _COUNT, "digest": _DIGEST})),
-            "rules": _array(_object({"rule": _TEXT, "what": _TEXT})),
-            "left_out": _array(_object({"tensor": _TEXT, "why": _TEXT})),
-            "files_left_out": _array(_object({"file": _TEXT, "why": _TEXT})),
-            "totals": _object(
-                {
-                    **dict.fromkeys(("tensors", "combined", "cast", "copied", "parameters", "data_bytes"), _COUNT),
-                    "alpha": _NUMBER,
-                    **dict.fromkeys(_NUMBERS_OF_TOTALS, _NUMBER_OR_NULL),
-                    **dict.fromkeys(_COUNTS_OF_TOTALS, _COUNT),
-                }
-            ),
-            "timings": _object(
-                {
-                    **dict.fromkeys(("run_s", "read_s", "compute_s", "write_s"), _NUMBER),
-                    **dict.fromkeys(("bytes_read", "bytes_written", "pieces", "pieces_kept"), _COUNT),
-                }
-            ),
-        }
-    ),
+    **_schema_of(Manifest),
 }

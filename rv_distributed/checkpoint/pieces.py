@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from rv_distributed.checkpoint.parquet import read_parquet, write_parquet
+
 
 class PieceRow(NamedTuple):
     """One row of the table. What follows ``stop`` is null of a piece that an earlier run had finished."""
@@ -32,31 +34,20 @@ class PieceRow(NamedTuple):
 
 def write_pieces(rows: Iterable[PieceRow]) -> bytes:
     """The rows as a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([row._asdict() for row in rows], schema=_schema()), sink)
-    return bytes(sink.getvalue())
+    return write_parquet(rows, _types())
 
 
 def read_pieces(raw: bytes) -> list[PieceRow]:
     """The rows of a Parquet file. Raises ValueError when it is none, or not ours."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(pa.BufferReader(raw))
-        if not table.schema.equals(_schema()):
-            raise ValueError("it has other columns")
-        return [PieceRow(**row) for row in table.to_pylist()]
-    except (pa.ArrowException, OSError, ValueError) as error:
+        return [PieceRow(**row) for row in read_parquet(raw, _types())]
+    except ValueError as error:
         raise ValueError(f"is not a table of pieces: {error}") from None
 
 
-def _schema() -> Any:
+def _types() -> dict[str, Any]:
     import pyarrow as pa
 
     texts, seconds = ("shard", "worker"), ("done_s", "read_s", "compute_s", "write_s")
     types = {**dict.fromkeys(texts, pa.string()), **dict.fromkeys(seconds, pa.float64())}
-    return pa.schema([(column, types.get(column, pa.int64())) for column in PieceRow._fields])
+    return {column: types.get(column, pa.int64()) for column in PieceRow._fields}

@@ -8,6 +8,8 @@ from typing import Any, Final, NamedTuple
 
 from blake3 import blake3
 
+from rv_distributed.checkpoint.parquet import read_parquet, write_parquet
+
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 #: BLAKE3 of nothing: the digest of a tensor without elements.
 NO_BYTES: Final = blake3(b"").hexdigest()
@@ -98,29 +100,14 @@ class TensorRow(NamedTuple):
 
 def write_table(rows: Iterable[TensorRow]) -> bytes:
     """The rows as a Parquet file, which is the same for the same rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = _schema()
-    columns: dict[str, list[Any]] = {column: [] for column in TensorRow._fields}
-    for row in rows:
-        for column, value in zip(TensorRow._fields, row, strict=True):
-            columns[column].append([part._asdict() for part in row.parts] if column == "parts" else value)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), sink)
-    return bytes(sink.getvalue())
+    plain = ({**row._asdict(), "parts": [part._asdict() for part in row.parts]} for row in rows)
+    return write_parquet((row.values() for row in plain), _types())
 
 
 def read_table(raw: bytes) -> list[TensorRow]:
     """The rows of a Parquet file. Raises ValueError when it is none, or not ours."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(pa.BufferReader(raw))
-        if not table.schema.equals(_schema()):
-            raise ValueError("it has other columns")
-        rows: Sequence[dict[str, Any]] = table.to_pylist()
+        rows = read_parquet(raw, _types())
         for row in rows:
             digests = [row["digest"], *(part["digest"] for part in row["parts"])]
             places = [row["start"], row["stop"], *(place for p in row["parts"] for place in (p["start"], p["stop"]))]
@@ -137,11 +124,11 @@ def read_table(raw: bytes) -> list[TensorRow]:
             )
             for row in rows
         ]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"is not a table of tensors: {error}") from None
 
 
-def _schema() -> Any:
+def _types() -> dict[str, Any]:
     import pyarrow as pa
 
     types: dict[str, Any] = {
@@ -153,7 +140,7 @@ def _schema() -> Any:
         "ulps": pa.list_(pa.int64()),
         **dict.fromkeys(_FLOATS, pa.float64()),
     }
-    return pa.schema([(column, types.get(column, pa.int64())) for column in TensorRow._fields])
+    return {column: types.get(column, pa.int64()) for column in TensorRow._fields}
 
 
 def digest_of(digests: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import typer
 
@@ -27,6 +27,7 @@ from rv_distributed.cli import (
     verify,
     version,
 )
+from rv_distributed.cli.command import Command
 from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import (
     ChangedError,
@@ -35,6 +36,7 @@ from rv_distributed.errors import (
     RunError,
     RvError,
     VerifyError,
+    WorkerError,
     one_line,
     without_prefix,
 )
@@ -43,7 +45,7 @@ app = typer.Typer(
     name="rv",
     help="Add, subtract and transfer the weights of models too large for one GPU or one machine.",
     epilog="Exit status: 0 done; 1 the run failed, run again to resume; 2 bad arguments or bad input; "
-    "3 verify found a difference; 130 or 143 interrupted, run again to resume.",
+    "3 verify found a difference; 129, 130 or 143 interrupted, run again to resume.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -54,11 +56,16 @@ _COMMANDS = (
     *(bench.bench, demo.demo, version.version),
 )
 for _command in _COMMANDS:
-    app.command(context_settings={"auto_envvar_prefix": f"RV_{_command.__name__.upper()}"})(_command)
-app.command("eval", context_settings={"auto_envvar_prefix": "RV_EVAL"})(evaluate.evaluate)
+    app.command(cls=Command, context_settings={"auto_envvar_prefix": f"RV_{_command.__name__.upper()}"})(_command)
+app.command("eval", cls=Command, context_settings={"auto_envvar_prefix": "RV_EVAL"})(evaluate.evaluate)
 app.add_typer(recipe.app, name="recipe")
 # Options behind the name of the command that is submitted are that command's.
-app.command(context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": "RV_SUBMIT"})(submit.submit)
+app.command(cls=Command, context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": "RV_SUBMIT"})(
+    submit.submit
+)
+
+#: Those that go on where they were when they are run again.
+_RESUMABLE: Final = frozenset({"extract", "apply", "transfer", "run", "eval", "push"})
 
 
 def _show_version(wanted: bool) -> None:
@@ -81,9 +88,8 @@ def main() -> None:
     # Imports make hundreds of thousands of objects that live to the end. Looking through them for garbage, while
     # they come and once more at the exit, would take half a second.
     gc.set_threshold(100_000)
-    # An exception of ours for both: typer would turn KeyboardInterrupt into a silent Abort.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _interrupt)
+    # An exception of ours for all: typer would turn KeyboardInterrupt into a silent Abort.
+    _on_stop(_interrupt)
     try:
         status = app(prog_name="rv", standalone_mode=False)
         _let_go()
@@ -91,6 +97,9 @@ def main() -> None:
         status = done.exit_code
     except RvError as error:
         status = report_error(error)
+        if isinstance(error, WorkerError):
+            # A thread may hang in the storage for ever, and Python would wait for it. All is printed, and flushed.
+            os._exit(status)
     except OSError as error:
         status = report_error(RvError(f"{error.filename or 'storage'}: {error.strerror or error}"))
     except Exception as error:
@@ -112,7 +121,7 @@ def report_error(error: RvError) -> int:
     """Print an error, as JSON too where that was asked for, and return its exit status."""
     hint = "\nNothing that was finished is lost: run the same command again to resume."
     stopped = isinstance(error, (Interrupted, RunError)) and not isinstance(error, ChangedError)
-    resumable = stopped and not {"diff", "verify"} & set(sys.argv[1:2])
+    resumable = stopped and bool(_RESUMABLE & set(sys.argv[1:2]))
     # The errors with lists have a line for each entry; in the others, a line end came with a name.
     text = str(error) if isinstance(error, (InputError, VerifyError)) else one_line(str(error))
     warn(f"rv: {text}{hint if resumable else ''}")
@@ -144,11 +153,28 @@ def print_error(kind: str, message: str, status: int, **more: object) -> None:
 
 def _let_go() -> None:
     """From here on there is nothing to stop in order: a signal ends the process as it would any other."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL)
+    _on_stop(signal.SIG_DFL)
+
+
+def _on_stop(handler: Any) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Under nohup a run goes on when its terminal is closed.
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    if signum == signal.SIGHUP:
+        _leave_terminal()
     # This may come in the middle of starting a thread, which then complains of it with a traceback of its own.
     sys.unraisablehook = lambda _: None
     raise Interrupted(signum)
+
+
+def _leave_terminal() -> None:
+    """Let what is written to a terminal that is gone go nowhere: an error of that would hide why the run stops."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rv_distributed.cli.options import Json
-from rv_distributed.cli.terminal import say
+from rv_distributed.cli.terminal import say, warn
 from rv_distributed.errors import UsageError
 from rv_distributed.units import parse_bytes, show_bytes, show_seconds
 
@@ -28,10 +28,14 @@ def bench(path: Folder, size: Size = "1GiB", plan: PlanFile = None, json: Json =
       rv bench /models
       rv transfer … --dry-run --json > plan.json && rv bench /models --plan plan.json
     """
-    from rv_distributed.bench import measure_storage
+    from rv_distributed.bench import LEAST_KEPT_BYTES, measure_storage
 
     moved = _moved(plan) if plan is not None else None
-    speed = measure_storage(path, parse_bytes(size, "--size"))
+    nbytes = parse_bytes(size, "--size")
+    speed = measure_storage(path, nbytes)
+    if nbytes < LEAST_KEPT_BYTES:
+        least = f"{LEAST_KEPT_BYTES >> 20}MiB"
+        warn(f"warning: --size {size} is too little to go by, so these figures are not kept; give {least} or more")
     predicted = speed.predict_s(*moved) if moved is not None else None
     if json:
         document = {"schema_version": 1, "status": "measured", "path": path, "bytes_per_s": asdict(speed)}

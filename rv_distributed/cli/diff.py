@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -108,6 +109,10 @@ def _text(found: Diff) -> list[str]:
             "the largest changes, for the tensor's size:",
             *_aligned([_HEAD, *(_row(one.name, one.sums) for one in most)]),
         ]
+    if total.nonfinite:
+        nonfinite = [f"{one.name} ({one.sums.nonfinite})" for one in found.tensors if one.sums.nonfinite]
+        what = f"{plural(total.nonfinite, 'element')} NaN or infinite in A or B, which leaves no norms: "
+        lines.append(what + _listed(nonfinite))
     dtypes = [f"{one.name} {one.a_dtype} and {one.b_dtype}" for one in found.tensors if one.a_dtype != one.b_dtype]
     lists = {
         "of other dtypes, compared by value": dtypes,
@@ -117,9 +122,13 @@ def _text(found: Diff) -> list[str]:
     }
     for what, names in lists.items():
         if names:
-            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-            lines.append(f"{plural(len(names), 'tensor')} {what}: {one_line(', '.join(names[:_MOST_NAMES]))}{more}")
+            lines.append(f"{plural(len(names), 'tensor')} {what}: {_listed(names)}")
     return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return one_line(", ".join(names[:_MOST_NAMES])) + more
 
 
 def _row(label: str, sums: Sums) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,13 +14,11 @@ from rv_distributed.checkpoint.describe import decoding_of
 from rv_distributed.checkpoint.sources import Gathered
 from rv_distributed.cli import options as opt
 from rv_distributed.cli.terminal import say
-from rv_distributed.errors import one_line
+from rv_distributed.errors import MAX_REPORTED, one_line
 from rv_distributed.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from rv_distributed.checkpoint.model import Checkpoint, Tensor
-
-_MAX_REPORTED: Final = 20
 
 
 def inspect(
@@ -39,7 +37,7 @@ def inspect(
 
     opened = open_checkpoint(checkpoint)
     _, problems = as_numbers({"": opened})
-    told = [*map(str, problems[:_MAX_REPORTED]), *([f"… {len(problems)} of these"] * (len(problems) > _MAX_REPORTED))]
+    told = [*map(str, problems[:MAX_REPORTED]), *([f"… {len(problems)} of these"] * (len(problems) > MAX_REPORTED))]
     opened = replace(opened, warnings=(*opened.warnings, *told))
     if json:
         say(jsonlib.dumps(_document(opened), indent=2))
@@ -55,6 +53,7 @@ def _document(opened: Checkpoint) -> dict[str, Any]:
 def _document_of(opened: Checkpoint) -> dict[str, Any]:
     return {
         "schema_version": 1,
+        "status": "inspected",
         "uri": opened.uri,
         "architectures": opened.config.get("architectures"),
         "model_type": opened.config.get("model_type"),

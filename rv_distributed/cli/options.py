@@ -143,23 +143,13 @@ class Common(Running):
     def plan_options(self) -> PlanOptions:
         """The options of the plan. Raises UsageError."""
         from rv_distributed.plan import PlanOptions
+        from rv_distributed.plan.options import SHARED_OPTIONS
         from rv_distributed.small_files import read_key_mapping
 
         return PlanOptions(
-            dtype=self.dtype,
-            requantize=self.requantize,
+            **{name: getattr(self, name) for name in SHARED_OPTIONS},
             max_shard_bytes=parse_bytes(self.max_shard_size, "--max-shard-size"),
-            include=self.include,
-            exclude=self.exclude,
-            vocab_mismatch=self.vocab_mismatch,
-            force_tokenizer_mismatch=self.force_tokenizer_mismatch,
-            missing=self.missing,
             key_mapping=read_key_mapping(self.key_mapping) if self.key_mapping is not None else (),
-            sidecars_from=self.sidecars_from,
-            rounding=self.rounding,
-            seed=self.seed,
-            compute_dtype=self.compute_dtype,
-            stats=self.stats,
         )
 
 

@@ -108,16 +108,17 @@ def _bar(bytes_total: int | None) -> Iterator[Callable[[Progress], None]]:
 def _every_few_seconds(show: Callable[[Progress, float], None]) -> Callable[[Progress], None]:
     """``show`` with the speed in bytes a second, when enough time has passed since the last time.
 
-    The speed is that since the first piece was finished: what came before is mostly the start of the workers.
+    The speed is that since the first piece was finished: what came before is mostly the start of the workers. Right
+    after it, when each worker finishes its first, there is none to tell yet.
     """
-    shown = time.monotonic()
+    shown = 0.0
     first: tuple[float, int] | None = None
 
     def limited(progress: Progress) -> None:
         nonlocal shown, first
         now = time.monotonic()
         if first is None:
-            first = now, progress.bytes_written
+            shown, first = now, (now, progress.bytes_written)
         elif now - shown >= _LINE_EVERY_S:
             shown = now
             began, written = first

@@ -131,8 +131,8 @@ def check(recipe: File, json: Json = False) -> None:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of recipe files, for editors.
+def schema(json: Json = False) -> None:
+    """Print the JSON schema of recipe files, for editors. It is the document itself, with --json and without.
 
     \b
     Example:
@@ -140,4 +140,5 @@ def schema() -> None:
     """
     from rv_distributed.recipe_files.fields import recipe_schema
 
+    del json
     say(jsonlib.dumps(recipe_schema(), indent=2))

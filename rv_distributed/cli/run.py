@@ -22,7 +22,7 @@ from rv_distributed.job import Job
 from rv_distributed.outcome import oddities, show_measures
 from rv_distributed.plan import PlanOptions
 from rv_distributed.preparing import prepare
-from rv_distributed.recipe import Recipe
+from rv_distributed.recipe import ByTensor, Recipe, in_words
 from rv_distributed.reduce import formula
 from rv_distributed.storage.places import Room
 from rv_distributed.units import plural, show_bytes, show_count, show_seconds
@@ -33,7 +33,7 @@ def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: 
     """Prepare, show the plan, run, show what became of it. Raises whatever the library raises."""
     talks = not (common.json or common.quiet)
     began = time.monotonic()
-    job = prepare(recipe, outs, plan_options, common.run_options())
+    job = prepare(recipe, outs, plan_options, common.run_options(), dry_run=common.dry_run)
     for warning in job.warnings:
         warn(f"warning: {one_line(warning)}")
     # A run finds out when it takes the places.
@@ -66,7 +66,7 @@ def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: 
 
 def plan_summary(job: Job, kept: int) -> str:
     """What is going to happen, for people; ``kept`` pieces are there already."""
-    formulas = "; ".join(formula(job.plan, number) for number in range(len(job.outs)))
+    formulas = "; ".join(dict.fromkeys(formula(job.plan, number) for number in range(len(job.outs))))
     rows = [("operation", f"{job.plan.operation}: {formulas}")]
     if special := _arithmetic(job):
         rows.append(("arithmetic", special))
@@ -119,7 +119,23 @@ def _places(job: Job) -> list[str]:
 def _output(job: Job, number: int) -> str:
     out, place = job.outs[number], job.pushes.get(number)
     text = f"{place}, made in {out} and then pushed" if place is not None else out
-    return f"{text}  (up to date)" if number in job.complete else text
+    notes = ["up to date"] if number in job.complete else []
+    alphas = enumerate(job.recipe.alphas[number], 1)
+    notes += [f"α{vector} {in_words(alpha)}" for vector, alpha in alphas if isinstance(alpha, ByTensor)]
+    if _varies(job):
+        rules = [tensor.rule_in(number)[0] for tensor in job.plan.tensors]
+        notes.append(_counts(rules))
+    return f"{text}  ({'; '.join(notes)})" if notes else text
+
+
+def _varies(job: Job) -> bool:
+    """Whether a tensor may be computed in one output and not in another."""
+    return len(job.outs) > 1 and any(None in row for row in job.plan.alphas)
+
+
+def _counts(rules: Sequence[str]) -> str:
+    counts = {"computed": rules.count("combine"), "cast": rules.count("cast"), "copied": rules.count("copy")}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none"
 
 
 def _room(room: Room, count: int) -> str:
@@ -127,15 +143,14 @@ def _room(room: Room, count: int) -> str:
 
 
 def _tensors(job: Job) -> str:
-    rules = [tensor.rule for tensor in job.plan.tensors]
-    counts = {"computed": rules.count("combine"), "cast": rules.count("cast"), "copied": rules.count("copy")}
-    text = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    text = _counts([tensor.rule for tensor in job.plan.tensors])
+    text += " in one output or another" if _varies(job) else ""
     reasons: dict[str, int] = {}
     for tensor in job.plan.tensors:
         if tensor.why and tensor.rule != "scale":
             reasons[tensor.why] = reasons.get(tensor.why, 0) + 1
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-    return f"{text or 'none'} ({why})" if why else text
+    return f"{text} ({why})" if why else text
 
 
 def _arithmetic(job: Job) -> str:

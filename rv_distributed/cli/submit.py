@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import queue
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -161,7 +162,8 @@ def _follow(
         status = state.exit_status
     except Interrupted as interrupted:
         status = interrupted.exit_status
-        if detach:
+        # A connection that is lost says nothing of the job.
+        if detach or interrupted.signum == signal.SIGHUP:
             warn(f"rv: {interrupted}; job {name} goes on, and the same command follows it")
             return state, status
         warn(f"rv: {interrupted}; stopping job {name} (once more to leave at once)")

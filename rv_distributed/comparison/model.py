@@ -20,6 +20,8 @@ class Sums:
     elements: int = 0
     differing: int = 0
     """Elements whose value in A is not that in B."""
+    nonfinite: int = 0
+    """Elements that are NaN or infinite in A or B. 0 where bytes are compared."""
     d_sq: float = 0.0
     """Σ (a − b)²."""
     b_sq: float = 0.0
@@ -33,6 +35,7 @@ class Sums:
         self.tensors += other.tensors
         self.elements += other.elements
         self.differing += other.differing
+        self.nonfinite += other.nonfinite
         self.d_sq += other.d_sq
         self.b_sq += other.b_sq
         self.d_b += other.d_b
@@ -145,9 +148,9 @@ class Diff:
 
 
 def sums_of(measures: Measures, elements: int) -> Sums:
-    """The sums of one tensor, of which A − B was measured as v and B as t."""
+    """The sums of one tensor, of which A − B was measured as v, B as t, and B + (A − B) as o."""
     m = measures
-    return Sums(1, elements, m.nonzero, m.v_sq, m.t_sq, m.v_t, m.v_max)
+    return Sums(1, elements, m.nonzero, m.nan + m.infinite, m.v_sq, m.t_sq, m.v_t, m.v_max)
 
 
 def _total(parts: Iterable[Sums]) -> Sums:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from rv_distributed.checkpoint.parquet import write_parquet
 from rv_distributed.comparison.model import Diff, Sums, TensorDiff
 
 
 def measures_of(sums: Sums, *, is_measured: bool = True) -> dict[str, Any]:
     """What sums tell, by its names in tables and documents; None where nothing was measured, or it is not finite."""
-    norms = ("norm", "a_norm", "b_norm", "relative", "cosine", "largest")
+    measured = ("nonfinite", "norm", "a_norm", "b_norm", "relative", "cosine", "largest")
     return {
         "elements": sums.elements,
         "differing": sums.differing,
         "fraction": sums.fraction,
-        **{name: getattr(sums, name) if is_measured else None for name in norms},
+        **{name: getattr(sums, name) if is_measured else None for name in measured},
     }
 
 
@@ -27,16 +28,13 @@ def row_of(tensor: TensorDiff) -> dict[str, Any]:
 def write_diff(diff: Diff) -> bytes:
     """The rows as a Parquet file."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     types: dict[str, Any] = {
         **dict.fromkeys(("name", "a_dtype", "b_dtype"), pa.string()),
         "shape": pa.list_(pa.uint64()),
         **dict.fromkeys(("elements", "differing"), pa.int64()),
-        **dict.fromkeys(("fraction", "norm", "a_norm", "b_norm", "relative", "cosine", "largest"), pa.float64()),
+        "fraction": pa.float64(),
+        "nonfinite": pa.int64(),
+        **dict.fromkeys(("norm", "a_norm", "b_norm", "relative", "cosine", "largest"), pa.float64()),
     }
-    rows = [row_of(tensor) for tensor in diff.tensors]
-    table = pa.table({name: [row[name] for row in rows] for name in types}, schema=pa.schema(list(types.items())))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return bytes(sink.getvalue())
+    return write_parquet((row_of(tensor).values() for tensor in diff.tensors), types)

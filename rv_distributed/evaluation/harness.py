@@ -42,9 +42,12 @@ class Asked(NamedTuple):
 
 
 def check_tasks(asks: Sequence[Ask], means: Means) -> dict[Ask, Asked]:
-    """Load every task. Raises UsageError for arguments of the model that are none; InputError with all tasks that do
-    not exist, cannot be loaded, want a consent that was not given, or whose questions cannot be perturbed."""
+    """Load every task. Raises UsageError for arguments of the model that are none, and for folders of tasks that are
+    missing; InputError with all tasks that do not exist, cannot be loaded, want a consent that was not given, or whose
+    questions cannot be perturbed."""
     model_arguments(means)
+    if lost := [path for path in means.task_paths if not os.path.isdir(path)]:
+        raise UsageError(f"--task-path: there is no folder {', '.join(lost)}")
     manager = _manager([ask.task for ask in asks], means)
     found: dict[Ask, Asked] = {}
     problems: list[Problem] = []

@@ -7,8 +7,10 @@ and no second copy of the weights is held: alpha 0 gives back the target's own b
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -77,8 +79,10 @@ class _Part(NamedTuple):
 def _computed(plan: Plan, alphas: tuple[float, ...]) -> Iterator[_Part]:
     """The bytes of all tensors that get vectors, each tensor's in their order."""
     plan = replace(plan, alphas=(alphas,))
-    with ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch") as fetching:
-        stream = DryStream(dry_config(plan, output="", stats="none"), fetching)
+    stop = threading.Event()
+    with ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch") as fetching, ExitStack() as at_the_end:
+        at_the_end.callback(stop.set)
+        stream = DryStream(dry_config(plan, output="", stats="none"), fetching, stop)
         for task in (task_of(plan, piece) for piece in plan.pieces):
             task = task._replace(spans=tuple(_weighed(span, alphas) for span in task.spans if span.rule == "combine"))
             for chunk, made, *_, names in stream.chunks(task):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -28,7 +29,7 @@ from rv_distributed.evaluation.records import FOLDER, read_record, write_record
 from rv_distributed.evaluation.results import ITEMS_FILE, RESULTS_FILE, Evaluation, write_results
 from rv_distributed.evaluation.statistics import estimate
 from rv_distributed.identity import identity_digest, identity_of
-from rv_distributed.job import Job
+from rv_distributed.job import Job, check_cancel
 from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import PlanOptions
 from rv_distributed.preparing import prepare
@@ -156,8 +157,11 @@ class EvaluationJob:
     def writes_models(self) -> bool:
         return self.job is not None and not self.options.in_memory and any(pair.variant.alpha for pair in self.todo)
 
-    def run(self, progress: Callable[[Progress], None] | None = None) -> Evaluation:
-        """Make the models and ask them all. The result files are written also where pairs failed.
+    def run(
+        self, progress: Callable[[Progress], None] | None = None, cancel: threading.Event | None = None
+    ) -> Evaluation:
+        """Make the models and ask them all. The result files are written also where pairs failed. ``cancel``, once it
+        is set, stops it with Cancelled, at the next piece of the models or the end of a pair.
 
         Raises UsageError where there is no GPU that was asked for; OutputError and RunError of the models' run. A pair
         that fails is in the result.
@@ -165,8 +169,10 @@ class EvaluationJob:
         if choose_runtime(self.options.run) == "local":
             choose_device(self.options.run.device)  # may import torch, which a dry run is spared
         if self.writes_models and self.job is not None:
-            self.job.run()
+            self.job.run(cancel=cancel)
         answers, failures = dict(self.kept), []
+        cancel = cancel or threading.Event()
+        check_cancel(cancel)
         try:
             os.makedirs(self.out, exist_ok=True)
             began = time.monotonic()
@@ -181,6 +187,7 @@ class EvaluationJob:
                 if progress is not None:
                     seconds, began = time.monotonic() - began, time.monotonic()
                     progress(Progress(pair, mean, seconds, len(answers) + len(failures), len(self.pairs)))
+                check_cancel(cancel)
             ordered = {pair: answers[pair] for pair in self.pairs if pair in answers}
             evaluation = self._evaluation(ordered, tuple(failures))
             write_results(self.out, evaluation, ordered)
@@ -275,6 +282,8 @@ def _check_packages(means: Means) -> None:
 def _check_place(out: str) -> None:
     if os.path.lexists(out) and not os.path.isdir(out):
         raise OutputError(f"{out} is no folder. Give another --out.")
-    strangers = sorted(set(os.listdir(out)) - _OURS) if os.path.isdir(out) else []
+    names = os.listdir(out) if os.path.isdir(out) else []
+    # A run that was killed may have left a file that `write_durably` had not renamed yet.
+    strangers = sorted(name for name in names if name.removesuffix(".new") not in _OURS)
     if strangers:
         raise OutputError(f"{out} holds {strangers[0]}, which is not of an evaluation. Give another --out.")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rv_distributed.checkpoint.parquet import write_parquet
 from rv_distributed.evaluation.model import Answers, Failed, Item, Pair
 from rv_distributed.evaluation.outcome import Outcome, Row, Selected
 from rv_distributed.evaluation.statistics import FORMULA, Difference, Estimate
@@ -135,7 +136,6 @@ def write_results(out: str, evaluation: Evaluation, answers: Mapping[Pair, Answe
 def items_table(answers: Mapping[Pair, Answers]) -> bytes:
     """A row for every model, task and item, as a Parquet file."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     types: dict[str, Any] = {
         **dict.fromkeys(("asked", "perturbation", "alpha", "metric", *Item._fields), pa.string()),
@@ -144,13 +144,7 @@ def items_table(answers: Mapping[Pair, Answers]) -> bytes:
         "score": pa.float64(),
         "perturbed": pa.bool_(),
     }
-    columns: dict[str, list[Any]] = {name: [] for name in types}
-    for row in _item_rows(answers):
-        for name, value in zip(types, row, strict=True):
-            columns[name].append(value)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=pa.schema(list(types.items()))), sink)
-    return bytes(sink.getvalue())
+    return write_parquet(_item_rows(answers), types)
 
 
 def _item_rows(answers: Mapping[Pair, Answers]) -> Iterable[tuple[Any, ...]]:

@@ -3,7 +3,7 @@
 from rv_distributed.checkpoint.sources import Operand, Source
 from rv_distributed.plan.build import make_plan
 from rv_distributed.plan.families import misfits
-from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES, WHOLE_SHARDS, cut_pieces, task_of
+from rv_distributed.plan.layout import PIECE_ALIGNMENT, WHOLE_SHARDS, cut_pieces, size_pieces, task_of
 from rv_distributed.plan.model import (
     Piece,
     PieceTask,
@@ -21,7 +21,6 @@ from rv_distributed.plan.requantize import is_of_scales
 
 __all__ = [
     "PIECE_ALIGNMENT",
-    "PIECE_BYTES",
     "WHOLE_SHARDS",
     "Operand",
     "Piece",
@@ -40,5 +39,6 @@ __all__ = [
     "is_of_scales",
     "make_plan",
     "misfits",
+    "size_pieces",
     "task_of",
 ]

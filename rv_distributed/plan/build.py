@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
 
 from rv_distributed.checkpoint.config import vocab_size
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, FROM_USER, item_bytes
@@ -16,7 +15,7 @@ from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.sidecars import sidecars_of
 from rv_distributed.checkpoint.sources import Source
-from rv_distributed.errors import InputError, Problem, UsageError
+from rv_distributed.errors import MAX_REPORTED, InputError, Problem, UsageError
 from rv_distributed.plan.families import misfits
 from rv_distributed.plan.finding import Finder, Frame
 from rv_distributed.plan.layout import cut_pieces, lay_out
@@ -28,8 +27,6 @@ from rv_distributed.plan.requantize import Draft, is_of_scales, requantized, wit
 from rv_distributed.plan.weights import Weigher
 from rv_distributed.recipe import Arithmetic, ByTensor, Recipe, show_alpha
 from rv_distributed.units import plural
-
-_MAX_REPORTED: Final = 20
 
 
 def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOptions) -> Plan:
@@ -60,7 +57,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         drafts, scales, wrong = requantized(drafts, stored[recipe.frame], weigher.of("", ()))
         problems += wrong
     if problems:
-        raise InputError(problems[:_MAX_REPORTED] + _rest(frame, problems))
+        raise InputError(problems[:MAX_REPORTED] + _rest(frame, problems))
 
     shards, tensors = _laid_out([*drafts, *scales], len(scales), options.max_shard_bytes)
     return Plan(
@@ -210,7 +207,7 @@ def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
 
 
 def _rest(frame: Checkpoint, problems: Sequence[Problem]) -> list[Problem]:
-    more = len(problems) - _MAX_REPORTED
+    more = len(problems) - MAX_REPORTED
     if more <= 0:
         return []
     return [Problem(frame.uri, f"{more} more tensors have such problems", "Correct the ones above first.")]

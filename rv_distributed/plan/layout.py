@@ -14,8 +14,11 @@ from rv_distributed.plan.model import Piece, PieceTask, Plan, Segment, ShardPlan
 
 #: Borders between pieces are multiples of this in the output file, so no two workers touch one page.
 PIECE_ALIGNMENT: Final = 1 << 20
-#: Large enough that a task costs nothing beside its bytes, small enough to balance and to lose.
-PIECE_BYTES: Final = 64 << 20
+#: Pieces are at most so large that they are nothing to lose, and at least so large that a task costs nothing beside its
+#: bytes; in between, there are enough of them that all workers have some, and end together.
+_MOST_PIECE_BYTES: Final = 64 << 20
+_LEAST_PIECE_BYTES: Final = 8 << 20
+_ENOUGH_PIECES: Final = 128
 #: Larger than any shard: each is then one piece.
 WHOLE_SHARDS: Final = 1 << 60
 
@@ -57,11 +60,20 @@ def lay_out(
     return tuple(shards)
 
 
-def cut_pieces(sizes: Sequence[int], piece_bytes: int = PIECE_BYTES) -> tuple[Piece, ...]:
+def size_pieces(nbytes: int) -> int:
+    """The bytes of a piece of an output of ``nbytes``: 1 MiB times a power of two."""
+    size = _MOST_PIECE_BYTES
+    while size > _LEAST_PIECE_BYTES and nbytes < _ENOUGH_PIECES * size:
+        size //= 2
+    return size
+
+
+def cut_pieces(sizes: Sequence[int], piece_bytes: int | None = None) -> tuple[Piece, ...]:
     """Cut files of the given sizes; every byte lies in exactly one piece.
 
-    ``piece_bytes`` is a multiple of `PIECE_ALIGNMENT`, and so is every border inside a file.
+    ``piece_bytes`` is a multiple of `PIECE_ALIGNMENT`, and so is every border inside a file; by default `size_pieces`.
     """
+    piece_bytes = piece_bytes or size_pieces(sum(sizes))
     pieces: list[Piece] = []
     for shard, size in enumerate(sizes):
         for start in range(0, size, piece_bytes):

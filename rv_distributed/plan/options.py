@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, fields
+from typing import Final, get_args
 
 from rv_distributed.checkpoint.dtypes import FROM_USER
 from rv_distributed.checkpoint.key_mapping import KeyRule, flaw_of
 from rv_distributed.errors import UsageError
-from rv_distributed.plan.layout import PIECE_ALIGNMENT, PIECE_BYTES
+from rv_distributed.plan.layout import PIECE_ALIGNMENT
 from rv_distributed.recipe import ComputeDType, Missing, Role, Rounding, Stats, VocabMismatch, check_pattern
 
 
@@ -27,8 +27,8 @@ class PlanOptions:
     """Only tensors whose name this regular expression finds get the vectors."""
     exclude: str | None = None
     """Tensors whose name this regular expression finds do not get the vectors."""
-    piece_bytes: int = PIECE_BYTES
-    """Size of the unit of scheduling: 1 MiB times a power of two."""
+    piece_bytes: int | None = None
+    """Size of the unit of scheduling: 1 MiB times a power of two; None for 8 to 64 MiB, by the size of the output."""
     rounding: Rounding = "nearest"
     """To outputs of 16 bits: nearest (even), or stochastic, whose expectation is the value that is rounded."""
     seed: int = 0
@@ -58,8 +58,9 @@ class PlanOptions:
         if self.max_shard_bytes <= 0:
             raise UsageError("the largest shard must have a positive size")
         # Then the measures add up to the same sums for every size.
-        if self.piece_bytes < PIECE_ALIGNMENT or self.piece_bytes & (self.piece_bytes - 1):
-            raise UsageError(f"pieces must be of 1 MiB times a power of two, not of {self.piece_bytes} bytes")
+        size = self.piece_bytes
+        if size is not None and (size < PIECE_ALIGNMENT or size & (size - 1)):
+            raise UsageError(f"pieces must be of 1 MiB times a power of two, not of {size} bytes")
         for name, value, choices in (
             ("rounding", self.rounding, Rounding),
             ("compute dtype", self.compute_dtype, ComputeDType),
@@ -118,3 +119,9 @@ class PlanOptions:
             ("key_mapping", json.dumps(self.key_mapping, ensure_ascii=False)),
             ("sidecars_from", self.sidecars_from or ""),
         )
+
+
+#: The options that the command line and recipe files have, too, by the same names and with the same values.
+SHARED_OPTIONS: Final = tuple(
+    field.name for field in fields(PlanOptions) if field.name not in ("max_shard_bytes", "piece_bytes", "key_mapping")
+)

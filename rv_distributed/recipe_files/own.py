@@ -12,6 +12,7 @@ from rv_distributed.checkpoint.key_mapping import KeyRule
 from rv_distributed.checkpoint.uris import is_remote, parent
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.plan import PlanOptions
+from rv_distributed.plan.options import SHARED_OPTIONS
 from rv_distributed.recipe import Alpha, ByTensor, Choice, Operation, Recipe, Vector, show_alpha
 from rv_distributed.recipe_files.document import Document
 from rv_distributed.recipe_files.fields import AlphaFields, ChoiceFields, RecipeFields, SweepFields, VectorFields
@@ -42,20 +43,9 @@ def from_own(document: Document) -> LoadedRecipe:
             base=base,
         )
         options = PlanOptions(
-            dtype=fields.dtype,
+            **{name: getattr(fields, name) for name in SHARED_OPTIONS},
             max_shard_bytes=fields.max_shard_size,
-            include=fields.include,
-            exclude=fields.exclude,
-            vocab_mismatch=fields.vocab_mismatch,
-            force_tokenizer_mismatch=fields.force_tokenizer_mismatch,
-            missing=fields.missing,
             key_mapping=tuple(KeyRule(*rule) for rule in fields.key_mapping.items()),
-            sidecars_from=fields.sidecars_from,
-            rounding=fields.rounding,
-            seed=fields.seed,
-            compute_dtype=fields.compute_dtype,
-            stats=fields.stats,
-            requantize=fields.requantize,
         )
     except UsageError as error:
         raise InputError([document.problem((), str(error), _SEE)]) from None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from rv_distributed.plan import PlanOptions
+from rv_distributed.plan.options import SHARED_OPTIONS
 from rv_distributed.recipe import Alpha, ByTensor, Choice, Recipe, Vector
 
 _HEAD: Final = "# What this output was made by. To make it again: rv run rv_recipe.yaml --out OUT\n"
@@ -25,20 +26,9 @@ def recipe_text(recipe: Recipe, output: int, options: PlanOptions, uris: Mapping
     if recipe.order != "each":
         document |= {"normalize": recipe.normalize, "scale": _alpha(recipe.scale)}
     document |= {
-        "dtype": options.dtype,
+        **{name: getattr(options, name) for name in SHARED_OPTIONS},
         "max_shard_size": options.max_shard_bytes,
-        "include": options.include,
-        "exclude": options.exclude,
-        "vocab_mismatch": options.vocab_mismatch,
-        "force_tokenizer_mismatch": options.force_tokenizer_mismatch,
-        "missing": options.missing,
         "key_mapping": dict(options.key_mapping),
-        "sidecars_from": options.sidecars_from,
-        "rounding": options.rounding,
-        "seed": options.seed,
-        "compute_dtype": options.compute_dtype,
-        "stats": options.stats,
-        "requantize": options.requantize,
     }
     return _HEAD + str(yaml.safe_dump(_escaped(document), sort_keys=False, allow_unicode=True, width=120))
 

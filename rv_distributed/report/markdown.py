@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+from rv_distributed.checkpoint.card import as_markdown
 from rv_distributed.errors import one_line
 from rv_distributed.evaluation.results import Evaluation
 from rv_distributed.report.evaluation import evaluation_tables, words_of
@@ -45,5 +45,4 @@ def _table(table: Table) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """Text from files is shown, never interpreted."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", one_line(text))
+    return as_markdown(one_line(text))

@@ -47,12 +47,21 @@ class Found(NamedTuple):
 class Arena:
     """Source bytes of one chunk after another. Belongs to one thread at a time."""
 
-    def __init__(self, nbytes: int, *, pinned: bool, processor: threading.Semaphore, fetching: Executor) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        *,
+        pinned: bool,
+        processor: threading.Semaphore,
+        fetching: Executor,
+        stop: threading.Event | None = None,
+    ) -> None:
         """``processor`` is held by whoever calls `need`, who lets go of it while the storage is waited for.
-        ``fetching`` runs reads over a network."""
+        ``fetching`` runs reads over a network; once ``stop`` is set, none of them is tried again."""
         self._buffer = Buffer(nbytes, pinned=pinned)
         self._processor = processor
         self._fetching = fetching
+        self._stop = stop
         self._readers: OrderedDict[str, Reader] = OrderedDict()
         self._reads: tuple[Read, ...] = ()
         self._places: list[int] = []
@@ -240,7 +249,7 @@ class Arena:
             self.read_s -= time.perf_counter() - asked
 
     def _reader(self, path: str) -> Reader:
-        reader = self._readers.pop(path, None) or open_reader(path)
+        reader = self._readers.pop(path, None) or open_reader(path, self._stop)
         self._readers[path] = reader
         if len(self._readers) > _OPEN_FILES:
             self._readers.popitem(last=False)[1].close()

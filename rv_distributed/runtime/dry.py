@@ -4,8 +4,9 @@ those of the worker."""
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -41,10 +42,11 @@ class DryChunk(NamedTuple):
 class DryStream:
     """The buffers of one thread."""
 
-    def __init__(self, config: WorkerConfig, fetching: Executor) -> None:
+    def __init__(self, config: WorkerConfig, fetching: Executor, stop: threading.Event) -> None:
+        """``fetching`` and ``stop`` are as in `Arena`."""
         self._chunk_bytes = config.chunk_bytes
         self._processor = threading.Semaphore(1)
-        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor, fetching=fetching)
+        self._arena = Arena(config.chunk_bytes, pinned=False, processor=self._processor, fetching=fetching, stop=stop)
         self._made = Buffer(config.chunk_bytes)
         self._computer = PartComputer(config, config.device)
 
@@ -86,18 +88,29 @@ def dry_config(plan: Plan, *, output: str, stats: Stats) -> WorkerConfig:
 def each_piece(
     tasks: Iterable[PieceTask], config: WorkerConfig, look: Callable[[DryStream, PieceTask], _Result]
 ) -> Iterator[_Result]:
-    """What ``look`` finds in every piece, in their order, from ``config.streams`` threads at once."""
+    """What ``look`` finds in every piece, in their order, from ``config.streams`` threads at once.
+
+    Tasks are taken shortly before their turn: those of a large model take much memory.
+    """
     streams = threading.local()
+    stop = threading.Event()
 
     def run(task: PieceTask) -> _Result:
         if not hasattr(streams, "own"):
-            streams.own = DryStream(config, fetching)
+            streams.own = DryStream(config, fetching, stop)
         return look(streams.own, task)
 
     fetching = ThreadPoolExecutor(MOST_REQUESTS, "rv-fetch")
     pool = ThreadPoolExecutor(config.streams)
+    begun: deque[Future[_Result]] = deque()
     try:
-        yield from pool.map(run, tasks)
+        for task in tasks:
+            begun.append(pool.submit(run, task))
+            if len(begun) == 2 * config.streams:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
         fetching.shutdown()

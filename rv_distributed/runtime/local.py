@@ -31,7 +31,13 @@ class LocalRuntime:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
+    def run(
+        self,
+        tasks: Iterable[PieceTask],
+        config: WorkerConfig,
+        *,
+        kept: int = 0,  # noqa: ARG002 - it shows no progress
+    ) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`."""
         worker = Worker(config)
         source = iter(tasks)

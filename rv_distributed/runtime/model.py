@@ -113,8 +113,11 @@ class Runtime(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
-    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
-        """Yield a result for every task. Closing the generator early stops the workers.
+    def run(
+        self, tasks: Iterable[PieceTask], config: WorkerConfig, *, kept: int = 0
+    ) -> Generator[PieceResult, None, None]:
+        """Yield a result for every task. Closing the generator early stops the workers. ``kept`` more pieces are
+        finished already: they count where the run tells how far it is.
 
         Raises PieceError at the first piece that cannot be made, WorkerError when workers are lost or hang.
         """

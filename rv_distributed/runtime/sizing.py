@@ -53,11 +53,16 @@ class Sizing(NamedTuple):
     """What all streams' buffers take together."""
 
 
+def default_streams(shape: WorkerShape) -> int:
+    """How many streams a worker has where nobody says."""
+    return min(_MOST_STREAMS_ON_GPU if shape.has_gpu else _MOST_STREAMS, _STREAMS_OF_CPU * shape.cpus)
+
+
 def size_worker(
     plan: Plan, options: RunOptions, runtime: ChosenRuntime, shape: WorkerShape, *, remote_outputs: int
 ) -> Sizing:
     """The buffers of a worker of some shape; the rest as of `size_buffers`."""
-    streams = min(_MOST_STREAMS_ON_GPU if shape.has_gpu else _MOST_STREAMS, _STREAMS_OF_CPU * shape.cpus)
+    streams = default_streams(shape)
     if runtime == "local" and options.workers is not None:
         streams = options.workers
     return size_buffers(
@@ -148,4 +153,5 @@ def _read_ratio(tensor: TensorPlan, segment: Segment) -> float:
     """Bytes read for each byte written."""
     if tensor.is_opaque_in(segment):
         return 1.0
-    return sum(element_bytes(source).read for source in segment.sources) / item_bytes(tensor.dtype)
+    # What is the target and the reference at once is read once.
+    return sum(element_bytes(source).read for source in set(segment.sources)) / item_bytes(tensor.dtype)

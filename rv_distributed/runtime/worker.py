@@ -66,7 +66,7 @@ class Worker:
             self._streams.put(stream)
 
     def stop(self) -> None:
-        """Make all calls of `run` raise Stopped at their next chunk."""
+        """Make all calls of `run` raise Stopped at their next chunk, or PieceError rather than try a store again."""
         self._stop.set()
 
 
@@ -99,7 +99,7 @@ class _Stream:
         self._stop = stop
         self._computing = computing
         self._arenas = [
-            Arena(config.chunk_bytes, pinned=device != "cpu", processor=computing, fetching=fetching)
+            Arena(config.chunk_bytes, pinned=device != "cpu", processor=computing, fetching=fetching, stop=stop)
             for _ in range(config.arenas)
         ]
         # Kept, since memory is pinned as long as its buffer is there.
@@ -200,7 +200,7 @@ class _Stream:
     def _writer(self, task: PieceTask, folder: str) -> ShardWriter:
         path = join(folder, task.shard_name)
         try:
-            return open_writer(folder, task.shard_name, task.piece.stop - task.piece.start)
+            return open_writer(folder, task.shard_name, task.piece.stop - task.piece.start, self._stop)
         except OSError as error:
             cause = f"cannot be opened for writing: {error.strerror or error}"
             names = tuple(span.name for span in task.spans)

@@ -31,13 +31,12 @@ from rv_distributed.staging.records import (
 )
 from rv_distributed.storage import open_store
 from rv_distributed.storage.object_lease import leased_object
-from rv_distributed.storage.objects import OWN_FOLDER, patiently, read_all
-from rv_distributed.storage.protocols import ObjectStore
+from rv_distributed.storage.objects import OWN_FOLDER, PARALLEL_READS, patiently, read_all
+from rv_distributed.storage.protocols import ObjectStore, StoredObject
 
 _PLAN: Final = f"{OWN_FOLDER}plan.json"
 _LOCK: Final = f"{OWN_FOLDER}lock.json"
 _RECORDS: Final = f"{OWN_FOLDER}records/"
-_PARALLEL_READS: Final = 16
 
 
 class ObjectStaging:
@@ -54,15 +53,10 @@ class ObjectStaging:
         with ExitStack() as stack:
             lock = self._place.key(_LOCK)
             self._lease = stack.enter_context(leased_object(self._place.store, lock, subject=out))
-            if not overwrite and self._place.has(MANIFEST_FILE) and not self._resumes():
+            if not overwrite and self._place.has(MANIFEST_FILE):
                 raise OutputError(f"{out} already exists. Give another --out, or --overwrite to replace it.")
             self._held = self._claim(restart)
             self._closing = stack.pop_all()
-
-    def _resumes(self) -> bool:
-        """Whether a run was stopped after it had published, before it had cleaned up."""
-        held = self._place.held()
-        return held is not None and self._place.is_published(held)
 
     def _claim(self, restart: bool) -> Held:
         held = None if restart else self._place.held()
@@ -82,9 +76,9 @@ class ObjectStaging:
 
     def finished(self, plan: Plan) -> dict[int, tuple[SpanResult, ...]]:
         """Pieces whose record is whole and whose object is the one that it tells of."""
-        present = self._place.listed("")
+        present = self._place.listed()
         names = [name for name in present if name.startswith(_RECORDS)]
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
             lines = pool.map(lambda name: self._place.read(name).decode(errors="replace"), names)
             records = [record for record in map(unpack_record, lines) if record is not None]
         found = {}
@@ -93,7 +87,8 @@ class ObjectStaging:
                 continue
             task = task_of(plan, plan.pieces[record.piece])
             whole = [tensor for tensor, _ in task.parts] == [span.tensor for span in record.spans]
-            if whole and record.state and present.get(task.shard_name) == record.state:
+            shard = present.get(task.shard_name)
+            if whole and record.state and shard is not None and shard.state == record.state:
                 found[record.piece] = record.spans
                 self._states[task.shard_name] = record.state
         return found
@@ -117,9 +112,9 @@ class ObjectStaging:
         self._lease.check()
         # A worker that was given up may still be sending; what it would make now could be another run's.
         self._place.abort_uploads()
-        present = self._place.listed("")
+        present = self._place.listed()
         for name, state in self._states.items():
-            if name not in present or (state and present[name] != state):
+            if name not in present or (state and present[name].state != state):
                 raise RunError(f"{self.out}: {name} was removed or replaced by something else; run again to make it")
         if MANIFEST_FILE in present:
             raise self._overtaken()
@@ -152,7 +147,9 @@ def published_object(out: str, identity: Mapping[str, Any], *, overwrite: bool) 
         held = place.held() if overwrite else None
         if overwrite and (held is None or not place.is_published(held)):
             return None
-        return manifest if manifest.sizes.items() <= place.sizes().items() else None
+        present = place.listed()
+        whole = all(name in present and present[name].size == size for name, size in manifest.sizes.items())
+        return manifest if whole else None
     except (OSError, ValueError, RecursionError, OutputError):
         return None
 
@@ -187,15 +184,11 @@ class _Place:
     def key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
 
-    def listed(self, below: str) -> dict[str, str]:
-        """The states of all objects whose name begins so, by name."""
+    def listed(self, below: str = "") -> dict[str, StoredObject]:
+        """All objects whose name begins so, by name."""
         skip = len(self.key(""))
         found = patiently(lambda: list(self.store.list(self.key(below))))
-        return {item.key[skip:]: item.state for item in found}
-
-    def sizes(self) -> dict[str, int]:
-        skip = len(self.key(""))
-        return {item.key[skip:]: item.size for item in patiently(lambda: list(self.store.list(self.key(""))))}
+        return {item.key[skip:]: item for item in found}
 
     def has(self, name: str) -> bool:
         return name in self.listed(name)

@@ -8,6 +8,7 @@ folder outlives a run that fails, and the next run of the same plan continues fr
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,7 @@ from rv_distributed.storage.publish import (
 )
 from rv_distributed.storage.replacing import unreplaceable
 
+_LOG = logging.getLogger(__name__)
 _LOCK: Final = "lock"
 _PLAN: Final = "plan.json"
 _JOURNAL: Final = "records.jsonl"
@@ -138,11 +140,11 @@ class PosixStaging:
                 return False
 
         with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-            return {
-                piece.number: records[piece.number]
-                for piece, good in zip(pieces, pool.map(holds, pieces), strict=True)
-                if good
-            }
+            good = [piece.number for piece, good in zip(pieces, pool.map(holds, pieces), strict=True) if good]
+        if lost := len(pieces) - len(good):
+            told = "%s: of the pieces that an earlier run finished, %d changed since and will be made again"
+            _LOG.warning(told, self.out, lost)
+        return {number: records[number] for number in good}
 
     def _holds(self, plan: Plan, piece: Piece, spans: tuple[SpanResult, ...]) -> bool:
         task = task_of(plan, piece)

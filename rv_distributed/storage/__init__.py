@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from typing import Final
 from urllib.parse import unquote
 
@@ -77,42 +78,41 @@ def open_folder(uri: str | os.PathLike[str]) -> Folder:
     if is_remote(place):
         from rv_distributed.storage.objects import ObjectFolder
 
-        store, key = open_store(place)
-        return ObjectFolder(store, place, key)
+        return ObjectFolder(parse_store_uri(place))
     return PosixFolder(place)
 
 
 def open_store(uri: str) -> tuple[ObjectStore, str]:
-    """The object store behind a resolved URI, and the key in it."""
+    """The object store behind a resolved URI, and the key in it. Raises as `store_of`."""
     from rv_distributed.storage.stores import store_of
 
     parsed = parse_store_uri(uri)
     return store_of(parsed.store), parsed.path
 
 
-def open_reader(path: str) -> Reader:
-    """A reader of a file named by `Folder.path`. Raises OSError."""
+def open_reader(path: str, stop: threading.Event | None = None) -> Reader:
+    """A reader of a file named by `Folder.path`; once ``stop`` is set, it tries nothing again. Raises OSError."""
     if path.startswith(HUB):
         from rv_distributed.storage.hub import open_hub_reader
 
-        return open_hub_reader(path)
+        return open_hub_reader(path, stop)
     if is_remote(path):
         from rv_distributed.storage.objects import ObjectReader
 
         store, key = open_store(path)
-        return ObjectReader(store, path, key)
+        return ObjectReader(store, path, key, stop)
     return RangeReader(path)
 
 
-def open_writer(folder: str, name: str, nbytes: int) -> ShardWriter:
+def open_writer(folder: str, name: str, nbytes: int, stop: threading.Event | None = None) -> ShardWriter:
     """A writer of a piece of ``nbytes`` of a shard: anywhere in a file that exists in full size, or all of an object.
-    Raises OSError."""
+    Once ``stop`` is set, it tries nothing again. Raises OSError."""
     path = join(folder, name)
     if is_remote(path):
         from rv_distributed.storage.upload import ShardUpload
 
         store, key = open_store(path)
-        return ShardUpload(store, path, key, nbytes)
+        return ShardUpload(store, path, key, nbytes, stop)
     return RangeWriter(path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -84,11 +85,11 @@ class HubFolder:
         return join(self.uri, name)
 
 
-def open_hub_reader(path: str) -> Reader:
+def open_hub_reader(path: str, stop: threading.Event | None) -> Reader:
     """A reader of a file at a commit."""
     place = parse_hub_uri(path)
     cached = _cached(place)
-    return RangeReader(str(cached)) if cached is not None else ObjectReader(_Files(place), path, place.path)
+    return RangeReader(str(cached)) if cached is not None else ObjectReader(_Files(place), path, place.path, stop)
 
 
 class _Listing(NamedTuple):

@@ -1,10 +1,12 @@
 """A lease on a place that only one process may write to, on one machine or on many.
 
 On one machine, and on file systems whose locks reach over machines, the kernel's lock decides; it is free when its
-holder ends, however that ends. Some network file systems have no such locks. So the lock file also carries a token and
-a beat that goes on while the holder lives: whoever finds the token of another machine watches it for a while, and takes
-the place only when the beat stands still. A holder that wakes after that, from a frozen or partitioned machine, finds
-another's token and may not publish any more. No clocks are compared.
+holder ends, however that ends. Some network file systems have no such locks, and object stores have none. So what a
+lease is written in also carries a token and a beat that goes on while the holder lives: whoever finds the token of
+another machine watches it for a while, and takes the place only when the beat stands still. A holder that wakes after
+that, from a frozen or partitioned machine, finds another's token and may not publish any more. No clocks are compared.
+
+`leased` holds the lease of a lock file; `object_lease.leased_object` that of an object.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from rv_distributed.errors import OutputError, RunError
 from rv_distributed.storage.publish import create
@@ -30,40 +32,60 @@ _LOG = logging.getLogger(__name__)
 BEAT_S: Final = 3.0
 #: How long a beat must stand still before its holder counts as dead.
 STILL_S: Final = 20.0
-_LOOK_S: Final = 0.2
+_LOOK_S: Final = 0.5
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Lease:
-    """A lease that is held."""
+class Cell(Protocol):
+    """What a lease is written in. Raises OSError."""
 
-    def __init__(self, path: str, fd: int, subject: str) -> None:
-        self._path, self._fd, self._subject = path, fd, subject
-        self._holder = new_holder()
+    def read(self) -> bytes | None:
+        """What is there; None when it was let go."""
+        ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def release(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class Lease:
+    """A lease that is held: ``cell`` says so of ``holder`` already.
+
+    Inside of its context it beats; at the end it is let go, or left to the next holder, if there is one already.
+    """
+
+    def __init__(self, cell: Cell, holder: dict[str, Any], subject: str) -> None:
+        self._cell, self._holder, self._subject = cell, holder, subject
         self._ended = threading.Event()
+        # What is read while it is written may be anything.
         self._one_at_a_time = threading.Lock()
         self.lost = False
         """Whether a beat has found that `check` would raise."""
-        self._write()
         self._beating = threading.Thread(target=self._beat, name="rv-lease", daemon=True)
+
+    def __enter__(self) -> Lease:
         self._beating.start()
+        return self
 
-    def check(self) -> None:
-        """Raise RunError when another process has taken the place over."""
-        with self._one_at_a_time:
-            found = _read(self._path)
-        if found.get("token") != self._holder["token"]:
-            self.lost = True
-            raise taken_over(self._subject, found)
-
-    def end(self) -> None:
-        """Let go; leave the file to the next holder, if there is one already."""
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._beating.join()
         with suppress(OSError, RunError):
             self.check()
-            os.ftruncate(self._fd, 0)
-        os.close(self._fd)
+            self._cell.release()
+
+    def check(self) -> None:
+        """Raise RunError when another process has taken the place over, OSError when the storage cannot tell."""
+        with self._one_at_a_time:
+            found = holder_in(self._cell)
+        if found.get("token") != self._holder["token"]:
+            self.lost = True
+            raise RunError(
+                f"{self._subject}: another run ({_name(found)}) took the place over, as this one had shown no sign of "
+                "life. Nothing more is written here; the finished pieces are that run's."
+            )
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
@@ -71,35 +93,47 @@ class Lease:
             with suppress(OSError, RunError):
                 self.check()
                 self._holder["beat"] += 1
-                self._write()
-
-    def _write(self) -> None:
-        data = json.dumps(self._holder).encode()
-        with self._one_at_a_time:
-            # A file object goes on after a short write, as os.pwrite does not.
-            with open(self._fd, "wb", closefd=False) as file:
-                file.seek(0)
-                file.write(data)
-            os.ftruncate(self._fd, len(data))
+                with self._one_at_a_time:
+                    self._cell.write(packed(self._holder))
 
 
 @contextmanager
 def leased(path: str, *, subject: str) -> Iterator[Lease]:
     """Hold the lease whose lock file is ``path``; ``subject`` is what it is about.
 
-    Raises OutputError, naming the holder, when another process holds it.
+    Raises OutputError, naming the holder, when another process holds it, and OSError.
     """
-    fd = _lock(path, subject)
-    try:
-        _outwait(path, subject)
-        lease = Lease(path, fd, subject)
-    except BaseException:
-        os.close(fd)
-        raise
-    try:
-        yield lease
-    finally:
-        lease.end()
+    with open(_lock(path, subject), "r+b", buffering=0) as locked:
+        cell = _LockFile(path, locked.fileno())
+        # A process of this machine would still have the lock if it lived.
+        outwait(cell, subject, is_dead=lambda holder: holder.get("kernel") == kernel())
+        holder = new_holder()
+        cell.write(packed(holder))
+        with Lease(cell, holder, subject) as lease:
+            yield lease
+
+
+class _LockFile:
+    """A file that is locked, and empty when it was let go."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path, self._fd = path, fd
+
+    def read(self) -> bytes | None:
+        # Opened each time: network file systems look for other machines' changes when a file is opened.
+        with suppress(FileNotFoundError), open(self._path, "rb") as file:
+            return file.read(4096) or None
+        return None
+
+    def write(self, data: bytes) -> None:
+        # A file object goes on after a short write, as os.pwrite does not.
+        with open(self._fd, "wb", closefd=False) as file:
+            file.seek(0)
+            file.write(data)
+        os.ftruncate(self._fd, len(data))
+
+    def release(self) -> None:
+        os.ftruncate(self._fd, 0)
 
 
 def _lock(path: str, subject: str) -> int:
@@ -113,26 +147,33 @@ def _lock(path: str, subject: str) -> int:
             os.close(fd)
         except BlockingIOError:
             os.close(fd)
-            raise taken(subject, _read(path)) from None
+            raise taken(subject, holder_in(_LockFile(path, fd))) from None
         except OSError as error:
             os.close(fd)
             raise OutputError(f"{path}: the file system has no locks: {error.strerror}. Choose another.") from error
 
 
-def _outwait(path: str, subject: str) -> None:
-    """Return when no process of another machine is writing here. Raises OutputError when one is."""
-    found = _read(path)
-    if not found or found.get("kernel") == kernel():
-        return  # let go, or of a process that would still have the lock if it lived
-    warn_of_wait(subject, found)
+def outwait(cell: Cell, subject: str, *, is_dead: Callable[[dict[str, Any]], bool]) -> bool:
+    """Return when no process holds the place any more; whether one has left its note there. Raises OutputError when
+    one does.
+
+    ``is_dead`` is true of a holder that is known to be no more, so that nobody needs to wait for it.
+    """
+    found = holder_in(cell)
+    if not found:
+        return False
+    if is_dead(found):
+        return True
+    _LOG.warning("%s was left locked by %s; waiting %.0f s for a sign of life", subject, _name(found), STILL_S)
     until = time.monotonic() + STILL_S
     while time.monotonic() < until:
         time.sleep(_LOOK_S)
-        now = _read(path)
+        now = holder_in(cell)
         if not now:
-            return
+            return False
         if now != found:
             raise taken(subject, now)
+    return True
 
 
 def new_holder() -> dict[str, Any]:
@@ -146,37 +187,26 @@ def new_holder() -> dict[str, Any]:
     }
 
 
-def warn_of_wait(subject: str, holder: dict[str, Any]) -> None:
-    _LOG.warning("%s was left locked by %s; waiting %.0f s for a sign of life", subject, _name(holder), STILL_S)
+def packed(holder: dict[str, Any]) -> bytes:
+    """As it is written."""
+    return json.dumps(holder).encode()
 
 
-def taken_over(subject: str, holder: dict[str, Any]) -> RunError:
-    return RunError(
-        f"{subject}: another run ({_name(holder)}) took the place over, as this one had shown no sign of "
-        "life. Nothing more is written here; the finished pieces are that run's."
-    )
+def holder_in(cell: Cell) -> dict[str, Any]:
+    """Who holds a place; nothing when it was let go."""
+    raw = cell.read()
+    if raw is None:
+        return {}
+    try:
+        document = json.loads(raw)
+    except ValueError:
+        document = None  # another machine is writing it just now
+    return document if isinstance(document, dict) else {"unread": raw.decode(errors="replace")}
 
 
 def taken(subject: str, holder: dict[str, Any]) -> OutputError:
+    """What a process is told that finds another at work."""
     return OutputError(f"{subject}: another run is writing it ({_name(holder)}). Wait for it, or end it first.")
-
-
-def _name(holder: dict[str, Any]) -> str:
-    return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
-
-
-def _read(path: str) -> dict[str, Any]:
-    """What the lock file says; nothing when it was let go."""
-    try:
-        # Opened each time: network file systems look for other machines' changes when a file is opened.
-        with open(path, "rb") as file:
-            text = file.read(4096)
-        document = json.loads(text) if text else {}
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        document = None  # another machine is writing it just now
-    return document if isinstance(document, dict) else {"unread": text.decode(errors="replace")}
 
 
 def kernel() -> str:
@@ -184,3 +214,7 @@ def kernel() -> str:
     with suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return socket.gethostname()
+
+
+def _name(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-import time
+import threading
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol, TypeVar
 
@@ -12,11 +12,15 @@ from rv_distributed.checkpoint.model import FileState
 from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import InputError, Problem
 from rv_distributed.storage.protocols import ObjectStore, TransientError
+from rv_distributed.storage.stores import store_of
+from rv_distributed.storage.uris import StoreUri
 
 #: What a run keeps in a prefix besides its output, until that is complete.
 OWN_FOLDER: Final = ".rv/"
 #: Large reads go in requests of this size: small enough to come again after an error, large enough to be few.
 REQUEST_BYTES: Final = 16 << 20
+#: Small reads that are under way at once, of headers or records.
+PARALLEL_READS: Final = 16
 #: Of what a shard is sent in, unless it is so large that there would be too many.
 PART_BYTES: Final = 8 << 20
 #: Parts that are on their way while the next one is filled.
@@ -39,10 +43,14 @@ class Source(Protocol):
 class ObjectFolder:
     """All objects below a prefix."""
 
-    def __init__(self, store: ObjectStore, uri: str, prefix: str) -> None:
-        """``prefix`` is the folder's key: without a slash at its end, empty for the whole bucket."""
-        self._store, self.uri = store, uri
-        self._prefix = f"{prefix}/" if prefix else ""
+    def __init__(self, place: StoreUri) -> None:
+        self._place, self.uri = place, str(place)
+        self._prefix = f"{place.path}/" if place.path else ""
+
+    @property
+    def _store(self) -> ObjectStore:
+        """Opened at the first use: credentials that are missing are a problem of the listing like others."""
+        return store_of(self._place.store)
 
     def files(self) -> list[FileState]:
         try:
@@ -88,11 +96,12 @@ class ObjectReader:
     is_remote: Final = True
     cache_fd: Final = -1
 
-    def __init__(self, source: Source, path: str, key: str) -> None:
-        self._source, self.path, self._key = source, path, key
+    def __init__(self, source: Source, path: str, key: str, stop: threading.Event | None = None) -> None:
+        """``stop`` is as in `patiently`."""
+        self._source, self.path, self._key, self._stop = source, path, key, stop
 
     def read(self, buffer: memoryview, at: int, offset: int, nbytes: int) -> None:
-        done = _read_into(self._source, self._key, buffer[at : at + nbytes], offset)
+        done = _read_into(self._source, self._key, buffer[at : at + nbytes], offset, self._stop)
         if done < nbytes:
             text = f"the object ends at byte {offset + done}; it was longer when it was opened"
             raise OSError(errno.EIO, text, self.path)
@@ -104,7 +113,7 @@ class ObjectReader:
         pass
 
 
-def _read_into(source: Source, key: str, window: memoryview, offset: int) -> int:
+def _read_into(source: Source, key: str, window: memoryview, offset: int, stop: threading.Event | None) -> int:
     """Fill ``window``; how much of it was there. What came before an error does not come again."""
     # Only workers need it. It lets go of the interpreter while it copies.
     import numpy as np
@@ -116,7 +125,7 @@ def _read_into(source: Source, key: str, window: memoryview, offset: int) -> int
         to[done : done + len(data)] = np.frombuffer(data, np.uint8)
         done += len(data)
 
-    patiently(lambda: source.fetch(key, offset + done, offset + len(window), take), lambda: done)
+    patiently(lambda: source.fetch(key, offset + done, offset + len(window), take), lambda: done, stop)
     return done
 
 
@@ -127,11 +136,13 @@ def read_all(source: Source, key: str, start: int = 0, stop: int | None = None) 
     return bytes(got)
 
 
-def patiently(do: Callable[[], _T], so_far: Callable[[], int] = lambda: 0) -> _T:
+def patiently(do: Callable[[], _T], so_far: Callable[[], int] = lambda: 0, stop: threading.Event | None = None) -> _T:
     """Call ``do``, and again after a `TransientError`, with longer and longer waits in between.
 
-    Tries are counted from the last time that one got any further, which ``so_far`` tells.
+    Tries are counted from the last time that one got any further, which ``so_far`` tells. Once ``stop`` is set there
+    are no more: a run that is stopped does not wait until a store is well again.
     """
+    stop = stop or threading.Event()
     tries, reached = 0, so_far()
     while True:
         try:
@@ -142,4 +153,5 @@ def patiently(do: Callable[[], _T], so_far: Callable[[], int] = lambda: 0) -> _T
             if tries >= _MOST_TRIES:
                 raise
             longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**tries)
-            time.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
+            if stop.wait(random.uniform(longest / 2, longest)):  # noqa: S311 - no secret
+                raise

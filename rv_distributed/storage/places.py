@@ -40,11 +40,19 @@ def staging_folder(out: str) -> str:
 
 
 def place_problems(
-    outs: Sequence[str], inputs: Iterable[Checkpoint], others: Mapping[str, str], *, overwrite: bool
+    outs: Sequence[str],
+    inputs: Iterable[Checkpoint],
+    others: Mapping[str, str],
+    *,
+    overwrite: bool,
+    dry_run: bool,
 ) -> list[Problem]:
     """What is wrong with the places of outputs: one that exists (without ``overwrite``; ``others`` say how they
-    differ), is none of ours, overlaps an input, or lies where nothing can be written. Raises UsageError when outputs
-    lie in each other."""
+    differ), is none of ours, overlaps an input, or lies where nothing can be written, which a ``dry_run`` does not try
+    out in a store.
+
+    Raises UsageError when outputs lie in each other.
+    """
     places = sorted(outs)
     for out, other in combinations(places, 2):
         if is_remote(out) == is_remote(other) and (
@@ -53,8 +61,9 @@ def place_problems(
             raise UsageError(f"--out: {other} lies in {out}; give each alpha a folder beside the others")
     inputs = list(inputs)
     local_inputs = [checkpoint for checkpoint in inputs if not is_remote(checkpoint.uri)]
+    uris = [checkpoint.uri for checkpoint in inputs]
     found = (
-        object_place_problem(out, [checkpoint.uri for checkpoint in inputs], others.get(out, ""), overwrite=overwrite)
+        object_place_problem(out, uris, others.get(out, ""), overwrite=overwrite, dry_run=dry_run)
         if is_remote(out)
         else _place_problem(out, local_inputs, others.get(out, ""), overwrite)
         for out in places

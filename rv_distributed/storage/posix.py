@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Final
@@ -82,9 +83,13 @@ class PosixFolder:
             return b"".join(chunks)
 
     def states(self, names: Iterable[str]) -> dict[str, str]:
-        """The present state of these files, as `files` reports it, without those that are gone."""
-        stats = ((name, _stat(self.path(name))) for name in names)
-        return {name: state_of(stat) for name, stat in stats if stat is not None}
+        """The present state of these files, as `files` reports it, without those that are gone. Raises OSError when the
+        file system cannot tell."""
+        states = {}
+        for name in names:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                states[name] = state_of(os.stat(self.path(name)))
+        return states
 
     def path(self, name: str) -> str:
         return os.path.join(self.uri, name)

@@ -1,8 +1,8 @@
 """What the rest of the package asks of a storage: one small protocol a capability.
 
 A checkpoint is read through a `Folder`, tensors through a `Reader` a file, shards are made through a `ShardWriter`
-each. Files have `PosixFolder`, `RangeReader` and `RangeWriter`; whatever is an `ObjectStore` gets all three from
-`rv_distributed.storage.objects`. All of them name what they could not do as an OSError with the file in it.
+each. Files have `PosixFolder`, `RangeReader` and `RangeWriter`; whatever is an `ObjectStore` gets `ObjectFolder`,
+`ObjectReader` and `ShardUpload`. All of them name what they could not do as an OSError with the file in it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Folder(Protocol):
         ...
 
     def states(self, names: Iterable[str]) -> dict[str, str]:
-        """The present state of these files, as `files` reports it, without those that are gone."""
+        """The present state of these files, as `files` reports it, without those that are gone. Raises OSError when the
+        storage cannot tell."""
         ...
 
     def path(self, name: str) -> str:

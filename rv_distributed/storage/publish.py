@@ -69,11 +69,17 @@ def _fallocate(fd: int, size: int) -> None:
 
 def write_durably(path: str, data: bytes) -> None:
     """Write a whole file, all of it or nothing, and return once it is on the device."""
-    with naming(path + ".new"), open(path + ".new", "wb", opener=create) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".new", path)
+    new = path + ".new"
+    try:
+        with naming(new), open(new, "wb", opener=create) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        with suppress(OSError):
+            os.remove(new)
+        raise
     sync(os.path.dirname(path) or os.curdir)
 
 

@@ -40,7 +40,6 @@ class S3Store:
 
     def __init__(self, uri: StoreUri) -> None:
         self._bucket, self._uri = uri.authority, uri
-        session = boto3.session.Session()
         endpoint = uri.option("endpoint_override")
         if endpoint and "://" not in endpoint:
             endpoint = f"{uri.option('scheme') or 'https'}://{endpoint}"
@@ -58,8 +57,9 @@ class S3Store:
             response_checksum_validation="when_required",
             **({"signature_version": UNSIGNED} if truth(uri.option("anonymous")) else {}),
         )
-        region = uri.option("region") or session.region_name or "us-east-1"
         with self._naming(""):
+            session = boto3.session.Session()
+            region = uri.option("region") or session.region_name or "us-east-1"
             self._client = session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
 
     def list(self, prefix: str) -> Iterator[StoredObject]:

@@ -13,7 +13,7 @@ from rv_distributed.storage.uris import StoreUri
 def store_of(uri: StoreUri) -> ObjectStore:
     """The store of a URI without a path. Clients are imported only here: each takes a while.
 
-    Raises UsageError when its options do not make sense.
+    Raises UsageError when its options do not make sense, OSError when it cannot be opened, as without credentials.
     """
     try:
         if uri.scheme == "s3":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -19,8 +21,11 @@ _MOST_PARTS: Final = 10_000
 class ShardUpload:
     """As `ShardWriter`, of a whole shard of ``nbytes``."""
 
-    def __init__(self, store: ObjectStore, path: str, key: str, nbytes: int) -> None:
-        self.path = path
+    def __init__(
+        self, store: ObjectStore, path: str, key: str, nbytes: int, stop: threading.Event | None = None
+    ) -> None:
+        """``stop`` is as in `patiently`."""
+        self.path, self._stop = path, stop
         self._store, self._key, self._nbytes = store, key, nbytes
         self._part_bytes = part_bytes(nbytes)
         self._part = bytearray(min(nbytes, self._part_bytes))
@@ -48,11 +53,11 @@ class ShardUpload:
             raise ValueError(f"{self.path} has {self._end} bytes of {self._nbytes}")
         if self._begun is None:
             data = bytes(self._part)
-            return patiently(lambda: self._store.put(self._key, data))
+            return patiently(lambda: self._store.put(self._key, data), stop=self._stop)
         self._send_part()
         while self._sending:
             self._settle()
-        state = patiently(self._begun[0].finish)
+        state = patiently(self._begun[0].finish, stop=self._stop)
         self._begun[1].shutdown()
         self._begun = None
         return state
@@ -68,12 +73,13 @@ class ShardUpload:
 
     def _send_part(self) -> None:
         if self._begun is None:
-            begun = patiently(lambda: self._store.upload(self._key, self._nbytes, self._part_bytes))
+            begin = partial(self._store.upload, self._key, self._nbytes, self._part_bytes)
+            begun = patiently(begin, stop=self._stop)
             self._begun = begun, ThreadPoolExecutor(min(PARTS_IN_FLIGHT, begun.parallel), "rv-upload")
         upload, pool = self._begun
         number, part = self._sent, self._part
         data = part if self._filled == len(part) else part[: self._filled]
-        self._sending.append((pool.submit(patiently, lambda: upload.send(number, data)), part))
+        self._sending.append((pool.submit(patiently, partial(upload.send, number, data), stop=self._stop), part))
         self._sent += 1
         if len(self._sending) > PARTS_IN_FLIGHT:
             self._settle()

@@ -21,7 +21,7 @@ from rv_distributed.opening import open_checkpoint
 from rv_distributed.plan import Piece, Plan, PlanOptions, make_plan, task_of
 from rv_distributed.recipe import Recipe
 from rv_distributed.storage import Folder
-from rv_distributed.verification.output import VerifyProgress, open_output
+from rv_distributed.verification.output import VerifyProgress, open_output, read_file
 
 #: Smaller than those of a run, so that a sample is spread over more places.
 _PIECE_BYTES: Final = 8 << 20
@@ -45,7 +45,7 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
     ``sample`` is the share of the pieces; which ones is decided by the manifest's digest, so a second call takes
     the same. Raises UsageError for a share outside of 0 to 1; InputError when an input is gone, cannot be read or
     has another fingerprint than the one recorded, or when the folder holds no manifest of ours; VerifyError with
-    every difference; PieceError when storage fails in between.
+    every difference; RunError when storage fails in between.
     """
     if not 0 < sample <= 1:
         raise UsageError(f"--sample: a share lies between 0 and 1, not {sample}")
@@ -71,13 +71,13 @@ def _recipe_of(folder: Folder, manifest: Manifest) -> tuple[Recipe, PlanOptions]
     # pydantic is imported for it.
     from rv_distributed.recipe_files.reading import load_recipe
 
+    if RECIPE_FILE not in {file.name for file in folder.files()}:
+        raise VerifyError(folder.uri, [Finding(RECIPE_FILE, "is missing")])
     digests = {file.name: file.digest for file in manifest.files}
     try:
-        if blake3(folder.read(RECIPE_FILE)).hexdigest() != digests.get(RECIPE_FILE):
+        if blake3(read_file(folder, RECIPE_FILE)).hexdigest() != digests.get(RECIPE_FILE):
             raise VerifyError(folder.uri, [Finding(RECIPE_FILE, "differs from what was written")])
         loaded = load_recipe(folder.path(RECIPE_FILE))
-    except FileNotFoundError:
-        raise VerifyError(folder.uri, [Finding(RECIPE_FILE, "is missing")]) from None
     except InputError as error:
         raise VerifyError(folder.uri, [Finding(RECIPE_FILE, problem.what) for problem in error.problems]) from error
     inputs = set(map(_name, _grouped(manifest.inputs)))

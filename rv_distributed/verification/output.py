@@ -23,13 +23,14 @@ from rv_distributed.checkpoint.manifest import (
 )
 from rv_distributed.checkpoint.table import NO_BYTES, PartDigest, TensorRow, digest_of, read_table, shard_digest
 from rv_distributed.checkpoint.uris import is_remote
-from rv_distributed.errors import Finding, InputError, Problem, VerifyError
+from rv_distributed.errors import Finding, InputError, PieceError, Problem, RunError, VerifyError
 from rv_distributed.runtime.select import usable_cpus
 from rv_distributed.storage import Folder, open_folder, open_reader
 from rv_distributed.storage.ranges import ALIGNMENT
 
 _READ_BYTES: Final = 8 << 20
 _REMOTE_READS: Final = 16
+_REMEDY: Final = "Check the storage and its permissions, and verify again."
 
 VerifyProgress = Callable[[int, int], None]
 """Called with the bytes checked so far and the bytes in all."""
@@ -40,7 +41,7 @@ def verify(uri: str, *, quick: bool = False, progress: VerifyProgress | None = N
 
     With ``quick``, all of it but the tensors' bytes. Returns the manifest when all is as it says. Raises VerifyError
     with every difference: flipped bytes with their tensor and the smallest range known, missing, added or renamed
-    files; InputError when the folder holds no manifest of ours.
+    files; InputError when the folder holds no manifest of ours; RunError when a file cannot be read.
     """
     folder, manifest, findings = open_output(uri)
     sizes = {file.name: file.size for file in folder.files()}
@@ -55,13 +56,13 @@ def verify(uri: str, *, quick: bool = False, progress: VerifyProgress | None = N
     ]
     whole = {name for name, nbytes in expected.items() if sizes.get(name) == nbytes}
     for entry in manifest.files:
-        if entry.name in whole and blake3(folder.read(entry.name)).hexdigest() != entry.digest:
+        if entry.name in whole and blake3(read_file(folder, entry.name)).hexdigest() != entry.digest:
             findings.append(Finding(entry.name, "differs from what was written"))
     if TABLE_FILE not in whole or any(finding.file == TABLE_FILE for finding in findings):
         raise VerifyError(folder.uri, findings)  # without the table nothing is known of the tensors
 
     try:
-        rows = read_table(folder.read(TABLE_FILE))
+        rows = read_table(read_file(folder, TABLE_FILE))
     except ValueError as error:
         raise VerifyError(folder.uri, [*findings, Finding(TABLE_FILE, str(error))]) from error
     if {row.shard for row in rows} - {shard.name for shard in manifest.shards}:
@@ -84,7 +85,7 @@ def open_output(uri: str) -> tuple[Folder, Manifest, list[Finding]]:
     remedy = "Give the folder of a finished output; other checkpoints have nothing to verify against."
     if MANIFEST_FILE not in {file.name for file in folder.files()}:
         raise InputError([Problem(where, "does not exist", remedy)])
-    raw = folder.read(MANIFEST_FILE)
+    raw = read_file(folder, MANIFEST_FILE)
     try:
         manifest = manifest_from(json.loads(raw))
     except (ManifestError, ValueError, AttributeError, RecursionError) as error:
@@ -94,9 +95,17 @@ def open_output(uri: str) -> tuple[Folder, Manifest, list[Finding]]:
     return folder, manifest, []
 
 
+def read_file(folder: Folder, name: str, stop: int | None = None) -> bytes:
+    """A file of an output up to byte ``stop``, or its end. Raises RunError when it cannot be read."""
+    try:
+        return folder.read(name, 0, stop)
+    except OSError as error:
+        raise RunError(f"{folder.path(name)}: cannot be read: {error.strerror or error}. {_REMEDY}") from error
+
+
 def _check_index(folder: Folder, manifest: Manifest, rows: list[TensorRow]) -> list[Finding]:
     try:
-        weight_map = parse_index(folder.read(INDEX_FILE))
+        weight_map = parse_index(read_file(folder, INDEX_FILE))
     except IndexFormatError as error:
         return [Finding(INDEX_FILE, str(error))]
     if weight_map != {row.name: row.shard for row in rows} or len(rows) != manifest.totals.tensors:
@@ -124,7 +133,7 @@ def _check_shards(
         jobs += [] if found or not hashed else [(row, part) for row in by_shard[shard.name] for part in row.parts]
     total, done = sum(part.stop - part.start for _, part in jobs), 0
     with ThreadPoolExecutor(_REMOTE_READS if is_remote(folder.uri) else 2 * usable_cpus()) as pool:
-        digests = pool.map(lambda job: _hash(folder.path(job[0].shard), job[1].start, job[1].stop), jobs)
+        digests = pool.map(lambda job: _hash(folder, *job), jobs)
         for (row, part), digest in zip(jobs, digests, strict=True):
             if digest != part.digest:
                 findings.append(Finding(row.shard, "differs from what was written", row.name, part.start, part.stop))
@@ -139,8 +148,8 @@ def _check_layout(folder: Folder, shard: ShardEntry, rows: list[TensorRow]) -> l
     # By the table, which is as it was written: the length in the header itself may be what was changed.
     stop = min((row.start for row in rows), default=shard.bytes)
     try:
-        length = header_bytes(folder.read(shard.name, 0, LENGTH_BYTES), file_bytes=shard.bytes)
-        raw = folder.read(shard.name, 0, LENGTH_BYTES + length)
+        length = header_bytes(read_file(folder, shard.name, LENGTH_BYTES), file_bytes=shard.bytes)
+        raw = read_file(folder, shard.name, LENGTH_BYTES + length)
         entries = parse_header(raw[LENGTH_BYTES:], data_bytes=shard.bytes - len(raw)).entries
     except HeaderError as error:
         return [Finding(shard.name, error.what, error.tensor, 0, stop)]
@@ -161,7 +170,16 @@ def _check_layout(folder: Folder, shard: ShardEntry, rows: list[TensorRow]) -> l
     return []
 
 
-def _hash(path: str, start: int, stop: int) -> str:
+def _hash(folder: Folder, row: TensorRow, part: PartDigest) -> str:
+    path = folder.path(row.shard)
+    try:
+        return _hash_range(path, part.start, part.stop)
+    except OSError as error:
+        cause = f"cannot be read: {error.strerror or error}. {_REMEDY}"
+        raise PieceError(cause, path, part.start, part.stop, (row.name,)) from error
+
+
+def _hash_range(path: str, start: int, stop: int) -> str:
     digest = blake3()
     buffer = memoryview(mmap.mmap(-1, min(_READ_BYTES, stop - start) + 2 * ALIGNMENT))
     with closing(open_reader(path)) as reader:

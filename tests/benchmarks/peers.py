@@ -34,7 +34,7 @@ import numpy as np
 
 from rv_distributed import api, cli, job
 from rv_distributed.kernels.compiled import CompiledCombiner, RawOperand
-from rv_distributed.plan import PIECE_BYTES
+from rv_distributed.plan import size_pieces
 from rv_distributed.recipe import Arithmetic, Weights
 from rv_distributed.runtime.model import WorkerConfig
 from rv_distributed.runtime.select import RunOptions
@@ -125,12 +125,14 @@ def _shared(items: Iterator[_Part], lock: threading.Lock) -> Iterator[_Part]:
 
 
 def _parts(out: Path, sources: Sequence[Path]) -> Iterator[_Part]:
-    for names in zip(*(sorted(source.glob("*.safetensors")) for source in sources), strict=True):
-        size = min(name.stat().st_size for name in names)
+    shards = list(zip(*(sorted(source.glob("*.safetensors")) for source in sources), strict=True))
+    sizes = [min(name.stat().st_size for name in names) for names in shards]
+    part_bytes = size_pieces(sum(sizes))
+    for names, size in zip(shards, sizes, strict=True):
         target = str(out / names[0].name)
         preallocate(target, size)
-        for start in range(0, size, PIECE_BYTES):
-            yield _Part(tuple(map(str, names)), target, start, min(start + PIECE_BYTES, size))
+        for start in range(0, size, part_bytes):
+            yield _Part(tuple(map(str, names)), target, start, min(start + part_bytes, size))
 
 
 def _copy_parts(parts: Iterator[_Part], sources: int, chunk_bytes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from rv_distributed import __version__
+from rv_distributed.cli.app import report_error
 from rv_distributed.demo import make_checkpoints
+from rv_distributed.errors import Interrupted, RunError, RvError
 
 RV = [sys.executable, "-c", "from rv_distributed.cli import main; main()"]
 
@@ -312,6 +315,23 @@ def test_only_a_run_that_can_be_resumed_says_so(command: str, resumable: bool, m
     assert "/models/shard: Input/output error" in done.stderr
     assert "Traceback" not in done.stderr
     assert ("run the same command again to resume" in done.stderr) == resumable
+
+
+@pytest.mark.parametrize(
+    ("command", "resumable"),
+    [("eval", True), ("push", True), ("demo", False), ("report", False), ("recipe", False), ("inspect", False)],
+)
+@pytest.mark.parametrize("error", [RunError("failed"), Interrupted(signal.SIGINT)])
+def test_only_commands_that_resume_promise_it(
+    command: str,
+    resumable: bool,
+    error: RvError,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rv", command])
+    assert report_error(error) == error.exit_status
+    assert ("run the same command again to resume" in capsys.readouterr().err) == resumable
 
 
 def test_progress_and_events_as_json_lines(models: Path, tmp_path: Path) -> None:

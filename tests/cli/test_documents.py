@@ -61,7 +61,8 @@ def test_documents_of_the_other_commands(models: Path, tmp_path: Path) -> None:
     check("written", run_rv("recipe", "init", tmp_path / "recipe.yaml", "--json").stdout)
     assert run_rv("recipe", "init", "--json").status == 2
     check("checked", run_rv("recipe", "check", tmp_path / "recipe.yaml", "--json").stdout)
-    assert json.loads(run_rv("recipe", "schema").stdout) == SCHEMAS["recipe.schema.json"]
+    for args in (("recipe", "schema"), ("recipe", "schema", "--json")):
+        assert json.loads(run_rv(*args).stdout) == SCHEMAS["recipe.schema.json"]
     (tmp_path / "plan.json").write_text(run_rv(*transfer(models, tmp_path / "out", "--json", "--dry-run")).stdout)
     bench = ("bench", tmp_path, "--size", "8MiB", "--plan", tmp_path / "plan.json", "--json")
     check("measured", run_rv(*bench).stdout)

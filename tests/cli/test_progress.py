@@ -20,10 +20,10 @@ def test_the_speed_is_that_since_the_first_piece(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     lines: list[tuple[int, float]] = []
     show = module._every_few_seconds(lambda progress, speed: lines.append((progress.bytes_written, speed)))
-    for now, written in ((130.0, 100), (132.0, 300), (133.0, 400), (138.0, 900)):
+    for now, written in ((130.0, 100), (130.1, 300), (132.0, 300), (136.0, 700), (138.0, 800), (141.0, 980)):
         clock[0] = now
         show(at(written))
-    assert lines == [(300, 100.0), (900, 100.0)]
+    assert lines == [(700, 100.0), (980, 80.0)]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ vectors:
     done = run_rv("run", write(models, text), "--out", tmp_path / "out", *LOCAL)
     assert done.status == 0, done.stderr
     assert "O = T + α1·(A − B)" in done.stdout
+    assert f"output  {tmp_path}/out  (α1 0.25→1 over the layers for layers, -0.5 for norm)" in done.stdout
     target, donor, reference = (read_checkpoint(models / role) for role in ("target", "donor", "reference"))
     alphas = {"embed": 0.0, "layers.0.up": 0.25, "layers.1.up": 1.0, "norm": -0.5}
     found = read_checkpoint(tmp_path / "out")
@@ -117,6 +118,10 @@ sweep: {alpha: [0.5, 1], include: {layers: layers, norm: norm}}
     assert (refused.status, "out-{alpha}-{include}" in refused.stderr) == (2, True)
     done = run_rv("run", recipe, "--out", tmp_path / "out-{alpha}-{include}", *LOCAL)
     assert done.status == 0, done.stderr
+    assert done.stdout.count("O = T + α1·(A − B)") == 1
+    assert "tensors  3 computed, 1 copied in one output or another" in done.stdout
+    assert f"{tmp_path}/out-0.5-layers  (α1 0.5 for layers; 2 computed, 2 copied)" in done.stdout
+    assert f"{tmp_path}/out-1-norm  (α1 1 for norm; 1 computed, 3 copied)" in done.stdout
     for alpha in ("0.5", "1"):
         for name in ("layers", "norm"):
             out = tmp_path / f"out-{alpha}-{name}"

@@ -1,8 +1,9 @@
-"""SIGINT and SIGTERM: the documented status, nothing published, and a run that goes on where it was."""
+"""SIGINT, SIGTERM and SIGHUP: the documented status, nothing published, and a run that goes on where it was."""
 
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ from rv_distributed.demo import make_checkpoints
 
 #: ``rv`` with a progress display that sends the process a signal at its second piece, and then waits for it.
 INTERRUPTED = """
-import contextlib, os, threading
+import contextlib, os, signal, threading
 import rv_distributed.cli.run as run
+
+# Tests may run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @contextlib.contextmanager
 def display(bytes_total, log_format, *, shown):
@@ -31,7 +35,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_with_its_status_and_the_next_run_resumes(signum: signal.Signals, tmp_path: Path) -> None:
     make_checkpoints(str(tmp_path))
     out = tmp_path / "out"
@@ -59,6 +63,88 @@ def test_a_signal_stops_with_its_status_and_the_next_run_resumes(signum: signal.
     again = rv(plain, "--overwrite")
     assert again.returncode == 0, again.stderr
     assert kept == {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+
+
+#: ``rv`` with a terminal of its own; it says when it has made two pieces, and waits.
+ON_A_TERMINAL = """
+import contextlib, os, signal, threading
+import rv_distributed.cli.run as run
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.close(os.open(os.ttyname(2), os.O_RDWR))
+
+@contextlib.contextmanager
+def display(bytes_total, log_format, *, shown):
+    def show(progress):
+        if progress.pieces == 2:
+            print("two pieces", flush=True)
+            threading.Event().wait()
+    try:
+        yield show
+    finally:
+        print("the display ends", flush=True)
+
+run.progress_display = display
+from rv_distributed.cli import main
+main()
+"""
+
+
+def test_a_terminal_that_is_closed_ends_a_run_as_a_signal_does(tmp_path: Path) -> None:
+    make_checkpoints(str(tmp_path))
+    roles = [text for role in ("target", "donor", "reference") for text in (f"--{role}", str(tmp_path / role))]
+    command = ["transfer", *roles, "--max-shard-size", "1MB", "--workers", "1", "--out", str(tmp_path / "out")]
+    ours, its = pty.openpty()
+    argv = [sys.executable, "-c", ON_A_TERMINAL, *command]
+    with subprocess.Popen(argv, stdin=its, stdout=its, stderr=its, start_new_session=True) as driver:
+        os.close(its)
+        said = b""
+        while b"two pieces" not in said:
+            said += os.read(ours, 4096)
+        os.close(ours)
+        assert driver.wait(60) == 128 + signal.SIGHUP
+    assert (tmp_path / ".out.rv").is_dir()
+
+
+#: ``rv`` that is told to ignore SIGHUP, as nohup tells it, and gets one.
+UNDER_NOHUP = """
+import os, signal
+import rv_distributed.cli.version as version
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+say = version.say
+version.say = lambda text: (os.kill(os.getpid(), signal.SIGHUP), say(text))
+from rv_distributed.cli import main
+main()
+"""
+
+
+def test_under_nohup_a_run_goes_on() -> None:
+    argv = [sys.executable, "-c", UNDER_NOHUP, "version"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+#: ``rv`` that gets a signal while it is imported.
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Sending:
+    def find_spec(self, name, path, target=None):
+        if name == "rv_distributed.cli.app":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Sending())
+from rv_distributed.cli import main
+main()
+"""
+
+
+def test_a_signal_while_rv_is_imported_prints_no_traceback() -> None:
+    argv = [sys.executable, "-c", INTERRUPTED_IMPORT, "version"]
+    stopped = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (-signal.SIGINT, "", "")
 
 
 #: ``rv`` that gets a signal while it starts its first thread.

@@ -110,9 +110,12 @@ def test_nan_is_a_difference_and_leaves_no_numbers(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "b", {"x": Raw("F32", (8,), values.tobytes())})
     values[3] = np.nan
     write_checkpoint(tmp_path / "a", {"x": Raw("F32", (8,), values.tobytes())})
+    told = run_rv("diff", tmp_path / "a", tmp_path / "b").stdout
     document = json.loads(run_rv("diff", tmp_path / "a", tmp_path / "b", "--json").stdout)
     (row,) = document["tensors"]
     assert (row["differing"], row["norm"], row["cosine"], row["largest"]) == (1, None, None, None)
+    assert (row["nonfinite"], document["total"]["nonfinite"]) == (1, 1)
+    assert "1 element NaN or infinite in A or B, which leaves no norms: x (1)\n" in told
 
 
 def test_progress_is_told(models: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from refusal import Done, run_rv
 from schemas import check
 
 import rv_distributed as rv
+from rv_distributed.evaluation.job import EvaluationJob, Progress
 from rv_distributed.evaluation.perturbations import perturb
 
 pytestmark = [
@@ -131,7 +133,8 @@ def test_finished_pairs_are_kept_and_only_the_others_are_asked(place: Path, writ
     records[0].unlink()
     records[1].write_text(records[1].read_text()[:-100])
     before = {path: path.stat().st_mtime_ns for path in records[2:]}
-    (out / "rv_items.parquet").unlink()
+    # As left by a run that was killed while it wrote them.
+    (out / "rv_items.parquet").rename(out / "rv_items.parquet.new")
     again = ("--tasks", "tiny_choice,tiny_text")
     done = rv_eval(place, out, *moved(place), *again)
     assert done.status == 0, done.stderr
@@ -139,6 +142,7 @@ def test_finished_pairs_are_kept_and_only_the_others_are_asked(place: Path, writ
     assert done.stderr.splitlines()[0].startswith("   7/8")
     assert {path: path.stat().st_mtime_ns for path in records[2:]} == before
     assert items(out) == items(written)
+    assert not (out / "rv_items.parquet.new").exists()
     # What is asked for anew is added; the rest is not asked again.
     done = rv_eval(place, out, *moved(place), *again, "--perturb", "reorder", "--dry-run", "--json")
     assert done.status == 2
@@ -146,6 +150,44 @@ def test_finished_pairs_are_kept_and_only_the_others_are_asked(place: Path, writ
     pairs = check("prepared", done.stdout)["evaluation"]["pairs"]
     assert [pair["kept"] for pair in pairs] == [True, False] * len(ALPHAS)
     assert "12 of them asked" not in done.stdout
+
+
+def test_an_evaluation_that_its_caller_cancels_keeps_what_is_finished(place: Path, tmp_path: Path) -> None:
+    cancel, seen = threading.Event(), list[Progress]()
+    options = rv.EvaluationOptions(
+        (rv.Ask("tiny_choice"), rv.Ask("tiny_text")),
+        means=rv.Means(task_paths=(str(place / "tasks"),), batch_size="16"),
+        run=rv.RunOptions(runtime="local"),
+    )
+
+    def prepared() -> EvaluationJob:
+        return rv.prepare_evaluation(str(place / "target"), rv.Vector(str(place / "vector")), str(out), options)
+
+    def progress(now: Progress) -> None:
+        seen.append(now)
+        cancel.set()
+
+    out = tmp_path / "out"
+    with pytest.raises(rv.Cancelled, match="same call resumes"):
+        prepared().run(progress, cancel)
+    assert len(seen) == len(prepared().kept) == 1
+    assert not (out / "rv_eval.json").exists()
+    prepared().run()
+    assert (out / "rv_eval.json").exists()
+
+
+def test_an_evaluation_that_is_cancelled_before_it_begins_makes_no_model(place: Path, tmp_path: Path) -> None:
+    cancel, out = threading.Event(), tmp_path / "out"
+    cancel.set()
+    options = rv.EvaluationOptions(
+        (rv.Ask("tiny_text"),),
+        means=rv.Means(task_paths=(str(place / "tasks"),)),
+        run=rv.RunOptions(runtime="local"),
+    )
+    job = rv.prepare_evaluation(str(place / "target"), rv.Vector(str(place / "vector")), str(out), options)
+    with pytest.raises(rv.Cancelled):
+        job.run(cancel=cancel)
+    assert not list((out / "models").glob("alpha*"))
 
 
 def test_a_changed_model_or_task_is_asked_again(copied: Path) -> None:
@@ -252,6 +294,7 @@ def test_alpha_is_selected_on_one_half(place: Path, tmp_path: Path) -> None:
     ("more", "told"),
     [
         (("--tasks", "no_such_task"), "no_such_task: is no task of lm-evaluation-harness"),
+        (("--tasks", "tiny_text", "--task-path", "no_such_folder"), "--task-path: there is no folder no_such_folder"),
         ((), "nothing to ask: give --tasks or --suite"),
         (("--suite", "papers"), "--suite: 'papers' is not one of paper"),
         (("--tasks", "tiny_text", "--perturb", "rhyme"), "'rhyme' is not one of noise, rename, reorder, distract"),

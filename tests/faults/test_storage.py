@@ -150,7 +150,7 @@ def test_a_real_disk_without_room_is_refused_before_anything_is_written(world: W
 
 def test_a_real_disk_that_fills_up_during_the_run_is_survived(world: World, small_disk: Path) -> None:
     out = small_disk / "out"
-    pid = world.zygote.begin(*world.command(out), faults=(Fault("write", SHARD, 2, "stop"),))
+    pid = world.zygote.begin(*world.command(out), faults=(Fault("write", "records.jsonl", 2, "stop"),))
     world.zygote.stopped()
     fill(small_disk / "filler")
     os.kill(pid, signal.SIGCONT)

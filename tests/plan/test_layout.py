@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import ITEM_BYTES, described
 
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
-from rv_distributed.plan import PIECE_ALIGNMENT, PIECE_BYTES, Plan, PlanOptions, cut_pieces, make_plan, task_of
+from rv_distributed.plan import PIECE_ALIGNMENT, Plan, PlanOptions, cut_pieces, make_plan, size_pieces, task_of
 from rv_distributed.plan.layout import group_into_shards, lay_out
 from rv_distributed.recipe import Recipe, Vector
 
@@ -86,10 +86,23 @@ def test_pieces_tile_every_file_with_aligned_borders(sizes: list[int], piece_byt
         assert end == size
 
 
-def test_the_default_piece_is_aligned() -> None:
+@pytest.mark.parametrize(
+    ("nbytes", "piece_bytes"),
+    [
+        (0, 8 * MIB),
+        (10**9, 8 * MIB),
+        (3 * 10**9, 16 * MIB),
+        (8 << 30, 64 * MIB),
+        ((8 << 30) - 1, 32 * MIB),
+        (10**12, 64 * MIB),
+    ],
+)
+def test_pieces_are_small_where_there_would_be_few_of_them(nbytes: int, piece_bytes: int) -> None:
     assert PIECE_ALIGNMENT == MIB
-    assert PIECE_BYTES % PIECE_ALIGNMENT == 0
-    assert cut_pieces([PIECE_BYTES * 2 + 1])[-1][2:] == (PIECE_BYTES * 2, PIECE_BYTES * 2 + 1)
+    assert size_pieces(nbytes) == piece_bytes
+    pieces = cut_pieces([nbytes // 2, nbytes - nbytes // 2])
+    assert max((piece.stop - piece.start for piece in pieces), default=0) <= piece_bytes
+    assert nbytes <= 10**9 or len(pieces) >= 128
 
 
 def assert_covered_once(plan: Plan) -> None:
@@ -161,9 +174,7 @@ def test_a_tensor_larger_than_the_shard_limit_is_cut_into_pieces_of_one_shard() 
 
 
 def test_a_file_beyond_32_bits_is_covered() -> None:
-    plan = plan_of(
-        {"odd": ("U8", (3,)), "big": ("BF16", (5, 1 << 30))}, max_shard_bytes=1 << 40, piece_bytes=PIECE_BYTES
-    )
+    plan = plan_of({"odd": ("U8", (3,)), "big": ("BF16", (5, 1 << 30))}, max_shard_bytes=1 << 40, piece_bytes=64 * MIB)
     assert plan.output_bytes > 10 << 30
     assert_covered_once(plan)
 

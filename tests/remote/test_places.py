@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from refusal import run_rv
@@ -76,7 +77,10 @@ def test_another_command_is_refused_until_it_restarts(s3: StoreServer, in_s3: st
     with failing_run(s3, in_s3, out):
         pass
     other = [*transfer(s3, in_s3, out), "--exclude", "norm"]
-    assert "resumes  1 of 2 pieces is there" in run_rv(*transfer(s3, in_s3, out), "--dry-run").stdout
+    # The second shard may fail before the first one is finished.
+    is_noted = ".rv/records/000000" in keys_below(out)
+    planned = run_rv(*transfer(s3, in_s3, out), "--dry-run").stdout
+    assert ("resumes  1 of 2 pieces is there" in planned) == is_noted
     assert run_rv(*other, "--dry-run").status == 2
     refused = run_rv(*other)
     assert refused.status == 2
@@ -180,6 +184,18 @@ def test_of_two_runs_only_one_can_win(out: str) -> None:
     assert content(out, MANIFEST_FILE) == b'{"of": "another"}'
 
 
+def test_what_another_run_has_just_published_is_not_taken_for_an_unfinished_one(out: str) -> None:
+    """It has let go of the place, and not cleaned up yet."""
+    staging = open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    staging.publish(b"{}")
+    staging.close()
+    with pytest.raises(OutputError, match="already exists"):
+        open_staging(out, {"a": 1}, overwrite=False, restart=False)
+    assert content(out, MANIFEST_FILE) == b"{}"
+    assert ".rv/plan.json" in keys_below(out)
+    assert ".rv/lock.json" not in keys_below(out)
+
+
 def test_what_is_wrong_with_a_place_is_found_before_the_run_with_all_else(
     s3: StoreServer, in_s3: str, out: str
 ) -> None:
@@ -194,6 +210,24 @@ def test_what_is_wrong_with_a_place_is_found_before_the_run_with_all_else(
         assert "nowhere" in done.stderr
         assert "cannot be written to: access denied" in done.stderr
         assert keys_below(out) == set()
+
+
+def test_stores_that_cannot_be_opened_are_told_with_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    inputs = ["--target", "s3://unopened/a", "--donor", "gs://unopened/b", "--reference", str(tmp_path / "none")]
+    done = run_rv("transfer", *inputs, "--out", "gs://unopened/out", *OPTIONS)
+    assert done.status == 2
+    assert "4 problems with the inputs" in done.stderr
+    for place, what in (
+        ("s3://unopened/a: cannot be listed", "profile (nobody)"),
+        ("gs://unopened/b: cannot be listed", "no Google credentials"),
+        ("/none: does not exist", ""),
+        ("gs://unopened/out: cannot be written to", "no Google credentials"),
+    ):
+        assert any(place in line and what in line for line in done.stderr.splitlines()), (place, done.stderr)
+    assert run_rv("verify", "gs://unopened/b").status == 2
 
 
 @pytest.mark.parametrize(
@@ -213,9 +247,15 @@ def test_places_that_cannot_be_are_refused(s3: StoreServer, in_s3: str, place: s
     assert what in done.stderr
 
 
-def test_a_trial_leaves_nothing(s3: StoreServer, in_s3: str, out: str) -> None:
-    done = run_rv(*transfer(s3, in_s3, out, "--dry-run"))
-    assert done.status == 0, done.stderr
+@pytest.mark.parametrize(("more", "status", "tries"), [(["--dry-run"], 0, False), (["--donor", "nowhere"], 2, True)])
+def test_a_trial_leaves_nothing_and_a_dry_run_does_without(
+    s3: StoreServer, in_s3: str, out: str, more: list[str], status: int, tries: bool
+) -> None:
+    with proxy_to(s3.port) as proxy:
+        through = s3.uri(out.partition(f"{BUCKET}/")[2].partition("?")[0], proxy.port)
+        done = run_rv(*transfer(s3, in_s3, through, *more))
+        assert done.status == status, done.stderr
+        assert any(request.method not in ("GET", "HEAD") for request in proxy.seen) == tries
     assert keys_below(out) == set()
 
 

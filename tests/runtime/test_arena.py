@@ -185,7 +185,9 @@ class Network:
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     network = Network()
-    monkeypatch.setattr("rv_distributed.runtime.arena.open_reader", lambda path: ObjectReader(network, path, path))
+    monkeypatch.setattr(
+        "rv_distributed.runtime.arena.open_reader", lambda path, stop: ObjectReader(network, path, path, stop)
+    )
     return network
 
 

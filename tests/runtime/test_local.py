@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from reference import weights, write_checkpoint
+from refusal import make_models
 
 import rv_distributed as rv
 from rv_distributed.runtime import local
@@ -51,6 +54,30 @@ def test_a_read_that_never_returns_ends_the_run_and_the_next_one_resumes(
     manifest = rv.transfer(t, a, b, str(out), plan_options=plan, run_options=rv.RunOptions(runtime="local"))
     assert (manifest.timings.pieces, manifest.timings.pieces_kept) == (3, 2)
     rv.verify(str(out))
+
+
+#: ``rv`` whose reads go through threads of a pool, as over a network, and never return.
+HANGING = """
+import threading
+from rv_distributed.runtime import local
+from rv_distributed.storage.ranges import RangeReader
+
+RangeReader.is_remote = True
+RangeReader.read = lambda *_: threading.Event().wait()
+local.patience_s = lambda *_: 1.0
+from rv_distributed.cli import main
+main()
+"""
+
+
+def test_the_process_ends_though_a_thread_of_a_pool_hangs(tmp_path: Path) -> None:
+    models = make_models(tmp_path / "models")
+    roles = [text for role in ("donor", "reference") for text in (f"--{role}", str(models / role))]
+    argv = [sys.executable, "-c", HANGING, "extract", *roles, "--out", str(tmp_path / "out")]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "the storage of the inputs or of the output hangs" in ended.stderr
+    assert "run the same command again to resume" in ended.stderr
 
 
 @pytest.mark.parametrize(("device", "has_gpu"), [("cpu", False), ("cuda", True)])

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,19 @@ def test_small_pieces_go_several_to_a_call_and_are_made_again_together(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_workers_that_did_something_may_die_as_often_as_they_like(models: Path, tmp_path: Path) -> None:
-    """As on nodes that are taken away again and again: only deaths without a piece in between are counted."""
+def test_workers_may_die_as_often_as_they_like_with_pieces_in_between(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on nodes that are taken away again and again, every second time before the worker has done anything."""
+
+    def welcome(self: pool.Pool, worker: Any, ready: Any) -> None:
+        if next(lost_at_once):
+            self._lose(pool._Call(worker, (), 0, 0.0), "a test")
+        else:
+            real(self, worker, ready)
+
+    lost_at_once, real = cycle((True, False)), pool.Pool._welcome
+    monkeypatch.setattr(pool.Pool, "_welcome", welcome)
     tasks, config, job = staged(models, tmp_path)
     # One piece at a time: of several, the same one may be the slowest each time, until it was tried too often.
     config = replace(config, streams=1)
@@ -223,6 +235,54 @@ def test_workers_that_did_something_may_die_as_often_as_they_like(models: Path, 
     assert killed >= 1 + pool.MAX_ATTEMPTS
     assert sorted(result.piece for result in done) == [task.piece.number for task in tasks]
     assert {result.attempt for result in done} >= {1, 2}
+
+
+class Hollow(pool.Pool):
+    """A pool without actors, which shows how many it would have."""
+
+    def _add_actor(self) -> None:
+        self._workers.add(pool._Worker(None))
+
+    def _remove(self, worker: Any) -> None:
+        self._workers.remove(worker)
+
+    def lose(self) -> None:
+        """One that has done nothing yet."""
+        worker = next(worker for worker in self._workers if not worker.done)
+        self._lose(pool._Call(worker, (), 0, 0.0), "a test")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_die_at_once_are_tried_again_after_a_while_where_others_work(models: Path, tmp_path: Path) -> None:
+    _, config, _ = staged(models, tmp_path)
+    hollow = Hollow(config, lambda: 2, {}, pieces=99, kept=0)
+    hollow._grow()
+    next(iter(hollow._workers)).done = 1
+    for _ in range(2 + pool.MAX_ATTEMPTS):
+        assert len(hollow._workers) == 2
+        hollow._deaths = 0  # as the other one finishes a piece
+        hollow.lose()
+    hollow._grow()
+    assert len(hollow._workers) == 1
+    hollow._rests_until = 0.0
+    hollow._grow()
+    assert len(hollow._workers) == 2
+
+
+@pytest.mark.usefixtures("cluster")
+def test_all_workers_of_a_cluster_that_grew_and_shrinks_may_die_together(models: Path, tmp_path: Path) -> None:
+    _, config, _ = staged(models, tmp_path)
+    room = [1]
+    hollow = Hollow(config, lambda: room[0], {}, pieces=99, kept=0)
+    hollow._grow()
+    room[0] = 8
+    hollow._grow()
+    room[0] = 1
+    for _ in range(8 + pool.MAX_ATTEMPTS - 1):
+        hollow.lose()
+    assert len(hollow._workers) == 1
+    with pytest.raises(rv.WorkerError, match="keep dying"):
+        hollow.lose()
 
 
 @pytest.mark.usefixtures("cluster")
@@ -249,6 +309,68 @@ def test_pieces_of_a_frozen_worker_are_made_by_others_and_it_does_no_harm_when_i
     run(models, tmp_path / "whole", runtime="local")
     for shard in job.plan.shards:
         assert (tmp_path / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_run_whose_last_pieces_are_made_on_draining_nodes_waits_for_nobody(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a cluster is scaled down at the end."""
+    tasks, config, job = staged(models, tmp_path)
+    config = replace(config, streams=1)
+    done: set[int] = set()
+    drained: set[str] = set()
+
+    def drain(self: pool.Pool, _nodes: set[str]) -> None:
+        assert len(done) < 2, "all is done, and it waits"
+        # With both pieces it has all that it takes, and so never asked for a third.
+        full = {worker.ready.node for worker in self._up if worker.ready and worker.calls == 2}
+        drained.update(full)
+        real(self, full)
+
+    real = pool.Pool._drain
+    monkeypatch.setattr(pool.Pool, "_drain", drain)
+    monkeypatch.setattr(pool, "_LOOK_S", 0.0)
+    # With all CPUs, so that there is no place for another.
+    alone = RayRuntime(rv.RunOptions(workers=1, cpus_per_worker=6), pieces=len(job.plan.pieces))
+    with alone as runtime:
+        for result in runtime.run(iter(tasks[:2]), config):
+            done.add(result.piece)
+    assert drained
+    assert done == {task.piece.number for task in tasks[:2]}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_is_kept_counts_as_progress_and_gets_no_workers(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel = threading.Event()
+
+    def progress(now: rv.Progress) -> None:
+        if now.pieces == now.pieces_total - 1:
+            cancel.set()
+
+    target, donor, reference = (str(models / role) for role in ("target", "donor", "reference"))
+    alone, out = rv.RunOptions(runtime="local", workers=1), str(tmp_path / "out")
+    how: dict[str, Any] = {"alpha": 0.7, "plan_options": SMALL, "run_options": alone}
+    with pytest.raises(rv.Cancelled):
+        rv.transfer(target, donor, reference, out, **how, progress=progress, cancel=cancel)
+    asked: list[pool.Pool] = []
+    shown: list[float] = []
+
+    def add_actor(self: pool.Pool) -> None:
+        asked.append(self)
+        real(self)
+
+    real = pool.Pool._add_actor
+    monkeypatch.setattr(pool.Pool, "_add_actor", add_actor)
+    monkeypatch.setattr("ray.util.metrics.Gauge.set", lambda _self, value: shown.append(value))
+    monkeypatch.setattr(pool, "_LOOK_S", 0.0)
+    timings = run(models, tmp_path / "out", runtime="ray", workers=4).timings
+    assert timings.pieces_kept == timings.pieces - 1
+    assert set(shown) == {timings.pieces_kept / timings.pieces, 1.0}
+    assert shown[-1] == 1.0
+    assert len(asked) == 1
 
 
 @pytest.mark.usefixtures("cluster")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ import pytest
 import ray
 from processes import has_ended, signal_all, tree_of
 
-from rv_distributed.runtime.on_ray import starting
+from rv_distributed.errors import UsageError
+from rv_distributed.runtime.on_ray import RayRuntime, starting
+from rv_distributed.runtime.select import RunOptions
 
 #: Starts a Ray, says so, waits for a line, and stops it. It looks up now and then: a signal that comes just before a
 #: read does not interrupt it.
@@ -107,3 +110,85 @@ def test_a_ray_without_these_names_is_started_as_ever(monkeypatch: pytest.Monkey
     monkeypatch.delattr(ray._private.node, "Node")
     with starting.quick_start():
         assert not hasattr(ray._private.node, "Node")
+
+
+#: Connects to the cluster at an address, and tells how that ends as rv does.
+CONNECTING = """
+import signal
+import sys
+from rv_distributed.cli.app import _interrupt, report_error
+from rv_distributed.errors import RvError
+from rv_distributed.runtime.on_ray import RayRuntime, runtime
+from rv_distributed.runtime.select import RunOptions
+
+signal.signal(signal.SIGINT, _interrupt)
+runtime._CLUSTER_TIMEOUT_S = float(sys.argv[2])
+try:
+    with RayRuntime(RunOptions(address=sys.argv[1]), pieces=1):
+        pass
+except RvError as error:
+    sys.exit(report_error(error))
+"""
+
+
+@contextmanager
+def connecting(address: str, timeout_s: float) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", CONNECTING, address, str(timeout_s)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as driver:
+        try:
+            yield driver
+        finally:
+            driver.kill()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_port_where_nothing_listens_is_told_at_once(scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+    with connecting(address, 600) as driver:
+        _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 2
+    assert said.startswith(f"rv: no Ray cluster could be reached at {address}: ")
+    assert "Connection refused" in said
+
+
+def test_what_answers_the_port_alone_is_given_up() -> None:
+    with socket.create_server(("", 0)) as server, connecting(f"127.0.0.1:{server.getsockname()[1]}", 0.5) as driver:
+        _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 2
+    assert "it did not answer within" in said
+
+
+def test_a_signal_is_heard_while_a_cluster_does_not_answer() -> None:
+    with socket.create_server(("", 0)) as server, connecting(f"127.0.0.1:{server.getsockname()[1]}", 600) as driver:
+        server.settimeout(60)
+        # The first connection asks the port; with the second, Ray tries to connect.
+        connections = [server.accept()[0], server.accept()[0]]
+        driver.send_signal(signal.SIGINT)
+        _, said = driver.communicate(timeout=60)
+        for connection in connections:
+            connection.close()
+    assert driver.returncode == 130
+    assert "rv: stopped by SIGINT" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (ConnectionError("Failed to connect"), "Failed to connect. A cluster that wants a token"),
+        (ray.exceptions.RayError("no token was found"), "no token was found"),
+    ],
+    ids=["refused", "no token here"],
+)
+def test_a_cluster_that_refuses_is_told_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str
+) -> None:
+    def refuse(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        runtime = RayRuntime(RunOptions(address=f"127.0.0.1:{server.getsockname()[1]}"), pieces=1)
+        with pytest.raises(UsageError, match=remedy):
+            runtime.__enter__()

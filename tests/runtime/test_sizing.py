@@ -165,6 +165,12 @@ def test_bytes_to_read_counts_every_operand_once(donor: str, reference: str, out
     assert bytes_to_read(plan) == 1000 * read_per_element + 16
 
 
+def test_bytes_to_read_counts_what_is_target_and_reference_at_once_once() -> None:
+    opened = {name: described(f"/{name}", {"x": ("BF16", (1000,))}) for name in ("t", "a")}
+    plan = make_plan(Recipe("transfer", "t", (Vector("a", "t"),), ((1.0,),)), opened, PlanOptions())
+    assert bytes_to_read(plan) == 4000
+
+
 @pytest.mark.parametrize(
     ("cpus", "has_gpu", "budget", "streams", "chunk_bytes"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rv_distributed.errors import OutputError, RunError
 from rv_distributed.plan import PIECE_ALIGNMENT, PlanOptions
 from rv_distributed.storage import lease
 from rv_distributed.storage.lease import leased
+from rv_distributed.storage.object_lease import leased_object
 
 HOLD = """
 import sys
@@ -182,6 +184,71 @@ def test_a_run_that_was_taken_over_publishes_nothing_and_the_other_does(
     manifest = rv.transfer(target, donor, reference, str(out), plan_options=small, run_options=how)
     assert manifest.timings.pieces_kept >= 2
     rv.verify(str(out))
+
+
+class Store:
+    """One object, which is not replaced in one step: HDFS has it empty while it is written."""
+
+    def __init__(self) -> None:
+        self.content: bytes | None = None
+        self.down = False
+        self.refused = self.puts = 0
+        self.writes_slowly = False
+        self.writing, self.read = threading.Event(), threading.Event()
+
+    def put(self, key: str, data: bytes, *, only_new: bool = False) -> str:
+        self._answer()
+        if only_new and self.content is not None:
+            raise FileExistsError(key)
+        self.content = b""
+        if self.writes_slowly:
+            self.read.clear()
+            self.writing.set()
+            self.read.wait(0.3)
+        self.content = data
+        self.puts += 1
+        return ""
+
+    def fetch(self, key: str, start: int, stop: int | None, take: Callable[[memoryview], None]) -> None:
+        self._answer()
+        if self.content is None:
+            raise FileNotFoundError(key)
+        take(memoryview(self.content)[start:stop])
+        self.read.set()
+
+    def delete(self, keys: Iterable[str]) -> None:  # noqa: ARG002 - there is one
+        self._answer()
+        self.content = None
+
+    def _answer(self) -> None:
+        if self.down:
+            self.refused += 1
+            raise OSError(errno.EIO, "the store is down")
+
+
+def test_an_object_that_a_holder_is_writing_is_not_taken_for_another_s() -> None:
+    store: Any = Store()
+    with leased_object(store, "lock", subject="out") as held:
+        store.writes_slowly = True
+        for _ in range(2):
+            assert store.writing.wait(60)
+            held.check()
+            store.writing.clear()
+    assert store.content is None
+
+
+def test_a_store_that_is_down_for_a_while_does_not_end_the_beat_nor_fail_who_lets_go() -> None:
+    store: Any = Store()
+    with leased_object(store, "lock", subject="out") as held:
+        store.down = True
+        wait_until(lambda: store.refused >= 2)
+        with pytest.raises(OSError, match="the store is down"):
+            held.check()
+        store.down, before = False, store.puts
+        wait_until(lambda: store.puts > before)
+        held.check()
+        store.down = True
+    assert store.content is not None
 
 
 def wait_until(condition: Callable[[], Any]) -> None:

@@ -88,6 +88,21 @@ def test_a_durable_write_replaces_the_whole_file(tmp_path: Path) -> None:
         assert contents(tmp_path) == {"plan.json": data}
 
 
+def test_a_durable_write_that_fails_leaves_what_was_there_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"first")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_durably(str(path), b"second")
+    assert caught.value.filename == f"{path}.new"
+    assert contents(tmp_path) == {"plan.json": b"first"}
+
+
 def folder(path: Path, **files: bytes) -> Path:
     path.mkdir()
     for name, data in files.items():

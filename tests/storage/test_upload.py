@@ -128,6 +128,28 @@ def test_no_shard_has_more_parts_than_stores_take(nbytes: int) -> None:
     assert part_bytes(nbytes) >= PART_BYTES
 
 
+def test_a_part_is_not_sent_again_once_the_run_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+    tried: list[int] = []
+
+    def fail(number: int) -> None:
+        tried.append(number)
+        stop.set()
+        raise TransientError(5, "reset")
+
+    # Longer than a test may take: only the stop ends the wait.
+    for name in ("_FIRST_WAIT_S", "_LONGEST_WAIT_S"):
+        monkeypatch.setattr(objects, name, 3600.0)
+    store = Recorder(fail, parallel=1)
+    with closing(ShardUpload(store, "s3://b/k", "k", 3 * PART_BYTES, stop)) as writer:
+        writer.write(memoryview(bytes(3 * PART_BYTES)), 0)
+        with pytest.raises(TransientError):
+            writer.finish()
+    assert set(tried) <= {0, 1, 2}
+    assert len(tried) == len(set(tried))
+    assert store.events[-1] == "abort"
+
+
 class Cut:
     """A source of ``content`` that gives so many bytes a request and then breaks off."""
 

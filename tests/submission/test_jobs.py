@@ -189,17 +189,22 @@ def begin(models: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_is_left_goes_on_and_can_be_followed_again(server: JobServer, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "signum"), [(["--detach"], signal.SIGINT), ([], signal.SIGHUP)], ids=["detached", "terminal closed"]
+)
+def test_a_job_that_is_left_goes_on_and_can_be_followed_again(
+    server: JobServer, models: Path, tmp_path: Path, more: list[str], signum: signal.Signals
+) -> None:
     command = transfer(models, tmp_path / "out")
     with cpus_taken(server):
         submitted = submit(server, "--no-wait", command=command)
         name = submitted.stdout.strip()
         assert submitted.returncode == 0
-        detached = started(server, "--detach", command=command)
+        detached = started(server, *more, command=command)
         read_until(detached.stdout, "runtime  ray")
-        detached.send_signal(signal.SIGINT)
+        detached.send_signal(signum)
         told = detached.communicate(timeout=60)[1]
-        assert detached.returncode == 130
+        assert detached.returncode == 128 + signum
         assert f"job {name} goes on" in told
         assert server.state(name).status == "running"
         again = started(server, "--json", command=command)

@@ -1,4 +1,6 @@
-"""The Ray runtime: worker actors, one a GPU or a few CPUs each. Nothing else imports ray.
+"""The Ray runtime: worker actors, one a GPU or a few CPUs each.
+
+Nothing else imports ray, but for the job server of `rv submit` and the tasks of `rv eval`, a module each.
 
 Tensor bytes never pass through the driver, nor through Ray's object store: a call carries a `PieceTask` and brings
 back a `PieceResult`.

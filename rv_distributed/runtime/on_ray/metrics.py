@@ -54,6 +54,6 @@ class DriverMetrics:
         """Count pieces whose worker was lost."""
         self._retried.inc(pieces)
 
-    def progress(self, ratio: float) -> None:
-        """Show how far the run is, from 0 to 1."""
-        self._progress.set(ratio)
+    def progress(self, done: int, pieces: int) -> None:
+        """Show how far the run is, with what earlier runs of it have finished."""
+        self._progress.set(done / pieces if pieces else 1.0)

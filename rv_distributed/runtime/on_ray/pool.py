@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import ray
@@ -37,6 +38,8 @@ START_S: Final = 900.0
 _LOOK_S: Final = 5.0
 #: Longest call of ray.wait: what a signal handler raises comes out only at its end.
 _WAIT_S: Final = 1.0
+#: How long those that work are left to themselves once others only die.
+_REST_S: Final = 900.0
 #: Pieces smaller than this together go in one call, which takes far longer than they do; but not too many, since they
 #: have the patience of one.
 _CALL_BYTES: Final = 1 << 20
@@ -72,12 +75,14 @@ class _Worker:
 
 
 class Pool:
-    """Runs tasks on as many actors as ``wanted`` says, each asked of Ray with ``options``."""
+    """Runs tasks on as many actors as ``wanted`` says, each asked of Ray with ``options``. Of the ``pieces`` of the
+    run, ``kept`` are finished already and not among the tasks."""
 
-    def __init__(self, config: WorkerConfig, wanted: Callable[[], int], options: dict[str, Any], pieces: int) -> None:
+    def __init__(
+        self, config: WorkerConfig, wanted: Callable[[], int], options: dict[str, Any], *, pieces: int, kept: int
+    ) -> None:
         self._config = config
         self._wanted = wanted
-        self._most_deaths = wanted() + MAX_ATTEMPTS
         self._options = options
         self._pieces = pieces
         self._metrics = DriverMetrics(ray.get_runtime_context().get_job_id())
@@ -85,12 +90,17 @@ class Pool:
         self._workers: set[_Worker] = set()
         """All that were asked for and not lost."""
         self._up: list[_Worker] = []
-        self._requeued: deque[tuple[tuple[PieceTask, ...], int]] = deque()
-        self._done = 0
+        self._waiting: deque[tuple[tuple[PieceTask, ...], int]] = deque()
+        """What goes to the next worker, each with the number of the attempt: what was lost, or else the next tasks."""
+        self._done = kept
+        self._most_deaths = 0
+        """Of workers, one after the other: as many as there were at most may die together, with their nodes."""
         self._deaths = 0
         """Since a piece was finished."""
         self._stillborn = 0
-        """Workers that were lost before they finished a piece."""
+        """Workers that were lost before they finished a piece, since one finished its first."""
+        self._rests_until = 0.0
+        """By the monotonic clock."""
         self._looked = time.monotonic()
 
     def run(self, tasks: Iterator[PieceTask]) -> Iterator[PieceResult]:
@@ -103,6 +113,7 @@ class Pool:
         while True:
             everything_is_out = self._fill(groups)
             if everything_is_out and not any(call.tasks for call in self._calls.values()):
+                self._metrics.progress(self._done, self._pieces)
                 return
             if not self._calls:
                 raise WorkerError("no worker is left, and those that were asked for died at once")
@@ -126,6 +137,8 @@ class Pool:
                 if not call.tasks:
                     self._welcome(call.worker, found)
                     continue
+                if not call.worker.done:
+                    self._stillborn = 0
                 self._deaths = 0
                 self._done += len(found.results)
                 call.worker.done += len(found.results)
@@ -140,11 +153,14 @@ class Pool:
             ray.kill(worker.actor)
 
     def _grow(self) -> None:
-        """Ask for the actors that the run can use and does not have."""
-        if self._stillborn >= self._most_deaths:
-            return
+        """Ask for the actors that the run can use and does not have. Where all that come die before they finish a
+        piece while others work, a broken node is not to be asked again and again."""
+        wanted = min(self._pieces - self._done, self._wanted())
+        self._most_deaths = max(self._most_deaths, wanted + MAX_ATTEMPTS)
         serving = sum(not worker.draining for worker in self._workers)
-        for _ in range(self._wanted() - serving):
+        if serving and self._stillborn >= self._most_deaths and time.monotonic() < self._rests_until:
+            return
+        for _ in range(wanted - serving):
             self._add_actor()
 
     def _add_actor(self) -> None:
@@ -159,19 +175,25 @@ class Pool:
 
     def _fill(self, groups: Iterator[tuple[PieceTask, ...]]) -> bool:
         """Give every ready actor as many calls as it has streams, and one to wait for its turn; whether no task is
-        left to be given to anyone."""
+        left to be given to anyone, which is to be known also where nobody can take one."""
         for depth in range(self._config.streams + 1):
             for worker in self._up:
                 if worker.calls > depth or worker.draining:
                     continue
-                tasks, attempt = self._requeued.popleft() if self._requeued else (next(groups, ()), 1)
-                if not tasks:
+                if not self._has_tasks(groups):
                     return True
+                tasks, attempt = self._waiting.popleft()
                 # Twice their patience: they may have to wait for another call, which the actor works at before.
                 due = time.monotonic() + 2 * max(patience_s(task, len(self._config.outputs)) for task in tasks)
                 self._calls[worker.actor.run.remote(pickle.dumps(tasks), attempt)] = _Call(worker, tasks, attempt, due)
                 worker.calls += 1
-        return False
+        return not self._has_tasks(groups)
+
+    def _has_tasks(self, groups: Iterator[tuple[PieceTask, ...]]) -> bool:
+        """Whether any wait for a worker; the next ones are taken out of ``groups`` to know."""
+        if not self._waiting:
+            self._waiting.extend((tasks, 1) for tasks in islice(groups, 1))
+        return bool(self._waiting)
 
     def _look(self) -> None:
         """See to what nobody tells: actors that hang, nodes that are drained, a cluster that has grown."""
@@ -188,7 +210,7 @@ class Pool:
                 self._calls[ref] = call._replace(due=now + START_S)
         self._drain(_draining_nodes())
         self._grow()
-        self._metrics.progress(self._done / self._pieces)
+        self._metrics.progress(self._done, self._pieces)
 
     def _drain(self, nodes: set[str]) -> None:
         """Give no new pieces to workers on these nodes, and end those that have none left."""
@@ -224,13 +246,15 @@ class Pool:
                 what = f"it and the {len(others)} pieces after it" if others else "it"
                 raise WorkerError(f"{where}: {MAX_ATTEMPTS} workers died making {what}; the last one: {cause}")
             self._metrics.retry(len(tasks))
-            self._requeued.append((tasks, call.attempt + 1))
+            self._waiting.append((tasks, call.attempt + 1))
 
     def _replace_or_give_up(self, lost: _Worker, cause: str) -> None:
-        """Workers that die at once, one after the other, are not replaced for ever; nor is any when none gets on."""
+        """Workers that die one after the other, with no piece finished in between, are not replaced for ever."""
         self._deaths += 1
-        self._stillborn += lost.done == 0
-        if self._deaths >= self._most_deaths or (self._stillborn >= self._most_deaths and not self._workers):
+        if not lost.done:
+            self._stillborn += 1
+            self._rests_until = time.monotonic() + _REST_S
+        if self._deaths >= self._most_deaths:
             raise WorkerError(f"workers keep dying; the last one: {cause}")
         self._grow()
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as OutOfTime
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import RayError
 
 from rv_distributed.errors import UsageError, redacted
 from rv_distributed.plan import PieceTask
@@ -24,6 +29,14 @@ _OBJECT_STORE_BYTES: Final = 100_000_000
 #: What an actor takes beside its buffers: the interpreter and our packages; beside a GPU, torch and CUDA, too.
 ACTOR_BYTES: Final = 400 << 20
 GPU_ACTOR_BYTES: Final = 1000 << 20
+#: How long a cluster's port may take to answer, and then the cluster: Ray itself gives up a token after 20 seconds, and
+#: would try for ever where nothing answers.
+_PORT_TIMEOUT_S: Final = 5.0
+_CLUSTER_TIMEOUT_S: Final = 60.0
+_TOKENS: Final = (
+    "A cluster that wants a token, as ray start makes it, wants its own: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or "
+    "~/.ray/auth_token; for one without tokens set RAY_AUTH_MODE=disabled"
+)
 
 
 class RayRuntime:
@@ -67,10 +80,13 @@ class RayRuntime:
             with _own_sigterm():
                 ray.shutdown()
 
-    def run(self, tasks: Iterable[PieceTask], config: WorkerConfig) -> Generator[PieceResult, None, None]:
+    def run(
+        self, tasks: Iterable[PieceTask], config: WorkerConfig, *, kept: int = 0
+    ) -> Generator[PieceResult, None, None]:
         """As `Runtime.run`."""
         device = self._options.device if self.shape.has_gpu else "cpu"
-        pool = Pool(replace(config, device=device), self._wanted, self._requests(config), self._pieces)
+        config = replace(config, device=device)
+        pool = Pool(config, self._wanted, self._requests(config), pieces=self._pieces, kept=kept)
         try:
             yield from pool.run(iter(tasks))
         finally:
@@ -79,7 +95,7 @@ class RayRuntime:
     def _wanted(self) -> int:
         """How many actors are of use: as many as asked for, or as the cluster has room for just now."""
         room = _resource("GPU") if self.shape.has_gpu else _resource("CPU") // self.shape.cpus
-        return min(self._pieces, self._options.workers or max(1, room))
+        return self._options.workers or max(1, room)
 
     def placement(self) -> dict[str, Any]:
         """Ray's options for where a worker runs, and on how much; known once it is entered."""
@@ -111,11 +127,47 @@ class RayRuntime:
             "include_dashboard": False,
         }
         try:
-            with _own_sigterm(), nullcontext() if self._address else quick_start():
-                ray.init(address=self._address or "local", **common, **({} if self._address else here))
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = redacted(self._address) or "this machine"
-            raise UsageError(f"no Ray cluster could be reached at {where}: {redacted(str(error))}") from error
+            if not self._address:
+                with _own_sigterm(), quick_start():
+                    ray.init(address="local", **common, **here)
+                return
+            _ask_port(self._address)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            raise self._unreached(error) from error
+        try:
+            _in_thread(lambda: ray.init(address=self._address, **common))
+        except OutOfTime as error:
+            raise self._unreached(f"it did not answer within {_CLUSTER_TIMEOUT_S:.0f} s. {_TOKENS}") from error
+        except RayError as error:
+            raise self._unreached(error) from error
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._unreached(f"{error}. {_TOKENS}") from error
+
+    def _unreached(self, why: object) -> UsageError:
+        where = redacted(self._address) or "this machine"
+        return UsageError(f"no Ray cluster could be reached at {where}: {redacted(str(why))}")
+
+
+def _ask_port(address: str) -> None:
+    """Raise OSError when nothing listens at ``host:port`` or ``ray://host:port``; what ``auto`` finds Ray can say."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if place.hostname is not None and place.port is not None:
+        socket.create_connection((place.hostname, place.port), _PORT_TIMEOUT_S).close()
+
+
+def _in_thread(connect: Callable[[], object]) -> None:
+    """Call ``connect``, and wait for it where signals are heard: Python hears none while Ray's C++ tries to connect."""
+    done: Future[None] = Future()
+
+    def call() -> None:
+        try:
+            connect()
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, name="rv-connect", daemon=True).start()
+    done.result(_CLUSTER_TIMEOUT_S)
 
 
 def _resource(name: str) -> int:
