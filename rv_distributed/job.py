@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
-from rv_distributed.checkpoint.distributed import METADATA_FILE
 from rv_distributed.checkpoint.manifest import Manifest, Timings
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.pieces import PieceRow
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.errors import Cancelled, PieceError, RunError
 from rv_distributed.identity import identity_of
-from rv_distributed.plan import PieceTask, Plan, PlanOptions, task_of
+from rv_distributed.plan import PieceTask, Plan, PlanOptions, role_warnings, task_of
 from rv_distributed.pushing import push_folder
 from rv_distributed.recipe import Recipe
 from rv_distributed.reduce import Reducer, check_unchanged
@@ -70,12 +69,12 @@ class Job:
         """What was odd about the inputs but does not stop the run."""
         found = [warning for checkpoint in self.opened.values() for warning in checkpoint.warnings]
         frame = self.opened[self.recipe.frame]
-        if not frame.config and any(file.name == METADATA_FILE for file in frame.weight_files):
-            without = (
-                "holds no config.json, so the output has none: put the model's small files beside its weights first"
+        if self.recipe.operation != "extract" and not any(file.name == "config.json" for file in frame.sidecars):
+            found.append(
+                f"{frame.uri}: holds no config.json, so the output has none, and transformers cannot load it: put the "
+                "model's small files beside its weights first"
             )
-            found.append(f"{frame.uri}: {without}")
-        return tuple(found)
+        return (*found, *role_warnings(self.recipe, self.opened))
 
     @property
     def rooms(self) -> tuple[Room, ...]:

@@ -26,14 +26,14 @@ from rv_distributed.checkpoint.header import (
     header_bytes,
     parse_header,
 )
-from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormatError, parse_index
+from rv_distributed.checkpoint.index import INDEX_FILE, SINGLE_FILE, IndexFormatError, missing_shards, parse_index
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint, FileState, Tensor
 from rv_distributed.checkpoint.sidecars import why_left_out
 from rv_distributed.checkpoint.uris import join
 from rv_distributed.errors import InputError, Problem, UsageError
 from rv_distributed.opening_distributed import open_distributed
-from rv_distributed.small_files import CHECK_ACCESS, read_bounded, read_vocabulary, tie_warnings
+from rv_distributed.small_files import CHECK_ACCESS, read_bounded, read_tokenizer, tie_warnings
 from rv_distributed.storage import Folder, PosixFolder, open_folder
 from rv_distributed.storage.objects import PARALLEL_READS
 from rv_distributed.storage.posix import is_text
@@ -42,6 +42,8 @@ from rv_distributed.storage.same import same_bytes
 #: One read fetches most headers whole.
 _FIRST_READ_BYTES: Final = 256 * 1024
 _SAMPLE_BYTES: Final = 64 * 1024
+#: Of files that are missing.
+_MAX_NAMED: Final = 5
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 _RELINK: Final = "Download the file again, or remove the link."
 _OTHER_FORMATS: Final = (
@@ -67,9 +69,9 @@ _OTHER_FORMATS: Final = (
 _COMMIT: Final = re.compile(r"(?:/snapshots/|^hf://[^@]+@)([0-9a-f]{40})(?:/|$)")
 
 
-def open_checkpoint(uri: str | os.PathLike[str], *, vocabulary: bool = False) -> Checkpoint:
+def open_checkpoint(uri: str | os.PathLike[str], *, tokenizer: bool = False) -> Checkpoint:
     """Read everything but the weights of the checkpoint in a folder, a bucket or a repository of the Hub, or of a base
-    with an adapter: ``BASE+ADAPTER``. Of its tokenizer, with ``vocabulary``, the tokens.
+    with an adapter: ``BASE+ADAPTER``. With ``tokenizer``, the files that tell its tokens are among that.
 
     ``open_checkpoint(uri).tensors[name]`` gives a tensor's dtype, shape, file and byte range.
 
@@ -78,12 +80,12 @@ def open_checkpoint(uri: str | os.PathLike[str], *, vocabulary: bool = False) ->
     """
     pair = _base_and_adapter(os.fspath(uri))
     if pair is None:
-        return _open(uri, vocabulary=vocabulary)
+        return _open(uri, tokenizer=tokenizer)
     parts: list[Checkpoint] = []
     problems: list[Problem] = []
     for part, is_adapter in zip(pair, (False, True), strict=True):
         try:
-            parts.append(_open(part, is_adapter=is_adapter, vocabulary=vocabulary and not is_adapter))
+            parts.append(_open(part, is_adapter=is_adapter, tokenizer=tokenizer and not is_adapter))
         except InputError as error:
             problems += error.problems
     if problems:
@@ -108,7 +110,7 @@ def _is_folder(uri: str) -> bool:
         return False
 
 
-def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False, vocabulary: bool = False) -> Checkpoint:
+def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False, tokenizer: bool = False) -> Checkpoint:
     folder = open_folder(uri)
     files = {file.name: file for file in folder.files()}
     problems: list[Problem] = [
@@ -142,7 +144,7 @@ def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False, vocabulary: 
         # It says by how much the factors' product counts.
         digest.update(json.dumps(config, sort_keys=True).encode())
     manifest = _read_json(folder, files, MANIFEST_FILE, problems)
-    tokens = read_vocabulary(folder, files, problems) if vocabulary else None
+    tells = read_tokenizer(folder, files, problems) if tokenizer else None
     if not problems:
         try:
             warnings += tie_warnings(folder, config or {}, tensors)
@@ -166,7 +168,7 @@ def _open(uri: str | os.PathLike[str], *, is_adapter: bool = False, vocabulary: 
             for name, file in files.items()
             if (why := why_left_out(name)) and file not in weight_files and name != INDEX_FILE
         ),
-        vocabulary=tokens,
+        tokenizer=tells,
     )
 
 
@@ -206,6 +208,10 @@ def _choose_shards(
             present = [SINGLE_FILE]
         elif not present:
             problems.append(_other_format(folder, files))
+        elif missing := list(missing_shards(present)):
+            more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+            what = f"lacks {', '.join(missing[:_MAX_NAMED])}{more}: its other shards' names count them"
+            problems.append(Problem(folder.uri, what, "Download what is missing, and the index, if there is one."))
         return None, [files[name] for name in present]
     where = folder.path(INDEX_FILE)
     try:

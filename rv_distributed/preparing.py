@@ -20,7 +20,7 @@ from rv_distributed.errors import InputError, OutputError, Problem, UsageError
 from rv_distributed.identity import identity_of
 from rv_distributed.job import Job
 from rv_distributed.opening import open_checkpoint, same_weights
-from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan, misfits
+from rv_distributed.plan import WHOLE_SHARDS, Plan, PlanOptions, make_plan, misfits, no_difference, role_problems
 from rv_distributed.pushing import hub_target, local_stage, push_problem
 from rv_distributed.recipe import Recipe
 from rv_distributed.runtime.select import RunOptions, choose_runtime, expected_shape
@@ -48,24 +48,27 @@ def prepare(
         # There a piece cannot begin in the middle of a file.
         plan_options = replace(plan_options, piece_bytes=WHOLE_SHARDS)
     with _collector_paused():
-        opened, problems = _open_all(recipe, vocabulary=plan_options.needs_vocabularies)
+        opened, problems = _open_all(recipe, tokenizer=plan_options.needs_tokenizers)
         plan = None
         if problems:
             readable = [opened[name] for name in recipe.inputs if name in opened]
             problems += misfits(readable, plan_options)
         else:
+            problems += role_problems(recipe, opened)
             problems += _whole_problems(recipe, opened, recipe.giver(plan_options.sidecars_from))
             try:
                 plan = make_plan(recipe, opened, plan_options)
             except InputError as error:
                 problems += error.problems
+    # Tokenizers are for the plan alone, and not small enough to be kept through a run.
+    opened = {name: replace(checkpoint, tokenizer=None) for name, checkpoint in opened.items()}
     complete, others = _there(plan, outs, run_options) if plan is not None else ({}, {})
     unmade = [out for number, out in enumerate(outs) if number not in complete]
     inputs = all_folders(opened.values())
     places = place_problems(unmade, inputs, others, overwrite=run_options.overwrite, dry_run=dry_run)
     places += [problem for problem in map(push_problem, pushes.values()) if problem is not None]
     if problems or plan is None:
-        raise InputError([*problems, *places])
+        raise InputError(dict.fromkeys([*problems, *places]))
     if places:
         raise OutputError(" ".join(map(str, places)))
     runtime = choose_runtime(run_options)
@@ -102,12 +105,12 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _open_all(recipe: Recipe, *, vocabulary: bool) -> tuple[dict[str, Checkpoint], list[Problem]]:
+def _open_all(recipe: Recipe, *, tokenizer: bool) -> tuple[dict[str, Checkpoint], list[Problem]]:
     """The checkpoints that could be opened, by the recipe's names for them, and what is wrong with the others."""
 
     def load(uri: str) -> Checkpoint | InputError:
         try:
-            return open_checkpoint(uri, vocabulary=vocabulary)
+            return open_checkpoint(uri, tokenizer=tokenizer)
         except InputError as error:
             return error
 
@@ -131,10 +134,7 @@ def _whole_problems(recipe: Recipe, opened: Mapping[str, Checkpoint], giver: str
         plus, minus = opened[vector.plus], opened[vector.minus] if vector.minus is not None else None
         try:
             if minus is not None and same_weights(plus, minus):
-                what = (
-                    f"is the donor and holds the same weights as the reference, {minus.uri}: the vector would be zero"
-                )
-                problems.append(Problem(plus.uri, what, "Give two different checkpoints as --donor and --reference."))
+                problems.append(no_difference(plus, minus))
         except OSError as error:
             what = f"cannot be read: {error.strerror or error}"
             problems.append(Problem(str(error.filename or plus.uri), what, "Check its storage."))

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from rv_distributed.checkpoint.bare_names import embedding_and_head
 from rv_distributed.checkpoint.config import stated, vocab_size
 from rv_distributed.checkpoint.key_mapping import KeyRule, parse_key_mapping
 from rv_distributed.checkpoint.model import FileState, Tensor
-from rv_distributed.checkpoint.vocabulary import VocabularyError, parse_vocabulary, vocabulary_files
+from rv_distributed.checkpoint.vocabulary import vocabulary_files
 from rv_distributed.errors import InputError, Problem
 from rv_distributed.storage import Folder
 
@@ -29,17 +30,16 @@ def read_bounded(folder: Folder, file: FileState) -> bytes:
     return folder.read(file.name)
 
 
-def read_vocabulary(folder: Folder, files: Mapping[str, FileState], problems: list[Problem]) -> dict[int, str] | None:
-    """The token of every id; None when no file tells. What is wrong with one that should becomes a problem."""
-    names = vocabulary_files(files)
-    try:
-        return parse_vocabulary({name: read_bounded(folder, files[name]) for name in names}) if names else None
-    except VocabularyError as error:
-        problems.append(Problem(folder.path(error.file), error.what, "Download the file again."))
-    except OSError as error:
-        where = folder.path(names[0])
-        problems.append(Problem(where, f"cannot be read: {error.strerror or error}", CHECK_ACCESS))
-    return None
+def read_tokenizer(folder: Folder, files: Mapping[str, FileState], problems: list[Problem]) -> dict[str, bytes]:
+    """The files that tell the token of every id. One that cannot be read becomes a problem."""
+    found = {}
+    for name in vocabulary_files(files):
+        try:
+            found[name] = read_bounded(folder, files[name])
+        except OSError as error:
+            what = f"cannot be read: {error.strerror or error}"
+            problems.append(Problem(folder.path(name), what, CHECK_ACCESS))
+    return found
 
 
 def tie_warnings(folder: Folder, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -49,11 +49,10 @@ def tie_warnings(folder: Folder, config: Mapping[str, Any], tensors: Mapping[str
     """
     if stated(config, "tie_word_embeddings") is not True:
         return
-    rows = vocab_size(config)
-    found = [(name, tensor) for name, tensor in tensors.items() if len(tensor.shape) == 2 and tensor.shape[0] == rows]
+    found = embedding_and_head(tensors, vocab_size(config))
     if len(found) != 2:
         return
-    (name, one), (other_name, other) = found
+    (name, one), (other_name, other) = found.items()
     if (one.dtype, one.shape) != (other.dtype, other.shape) or one.source is not None or other.source is not None:
         return
     for number in range(_SAMPLES):

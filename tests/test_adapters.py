@@ -330,7 +330,9 @@ def test_an_adapter_alone_is_no_model(made: Made, tmp_path: Path, role: str) -> 
     inputs = {"donor": made.base, "reference": made.base, role: made.adapters[0]}
     done = transfer(made.base, inputs["donor"], inputs["reference"], tmp_path / "out")
     assert done.status == 2
-    assert f"{made.adapters[0]}: is a LoRA adapter, and no model without its base. Write BASE+" in done.stderr
+    told = f"rv: {made.adapters[0]}: is a LoRA adapter, and no model without its base. Write BASE+"
+    assert done.stderr.startswith(told)
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_same_adapter_twice_is_a_zero_vector(made: Made, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final
+
+from rv_distributed.checkpoint.model import Tensor
 
 #: The modules that a language model may lie in, alone or one in the other.
 _OUTER: Final = re.compile(r"(?:(?:_orig_mod|module|base_model|model|language_model|transformer)\.)+")
@@ -20,6 +23,12 @@ _OLDER: Final = (
 _BUFFERS: Final = re.compile(
     r"(?:.+\.)?(?:rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|rotary_pos_emb\.inv_freq|rope\.freqs|masked_bias"
     r"|position_ids)"
+)
+#: What embeddings and heads are called in the families of transformers, and in the files of some of them.
+_OF_VOCABULARY: Final = re.compile(
+    r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings?|tok_embeddings|tokens_embed|embed_in|embeddings|shared"
+    r"|(?:generator_)?lm_head|head|embed_out|output(?:_layer|_projection)?|proj_out|decoder|vocab_projector|lm_loss)"
+    r"\.weight"
 )
 _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -38,6 +47,20 @@ def bare_name(name: str) -> str:
 def is_known_buffer(name: str) -> bool:
     """Whether a tensor may be missing without harm: a model computes it when it is loaded."""
     return _BUFFERS.fullmatch(name) is not None
+
+
+def is_of_vocabulary(name: str) -> bool:
+    """Whether a tensor is called as embeddings and heads are, whose rows stand for tokens."""
+    return _OF_VOCABULARY.fullmatch(name) is not None
+
+
+def embedding_and_head(tensors: Mapping[str, Tensor], rows: int | None) -> dict[str, Tensor]:
+    """The matrices that have ``rows`` and are called so. A head for other ends may have as many rows."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and tensor.shape[0] == rows and is_of_vocabulary(name)
+    }
 
 
 def pattern_of(name: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+_COUNTED: Final = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
 
 
 class IndexFormatError(ValueError):
@@ -41,6 +43,20 @@ def build_index(weight_map: Mapping[str, str], total_bytes: int) -> bytes:
 def shard_name(number: int, count: int) -> str:
     """The Hugging Face name of the ``number``-th (from 1) of ``count`` shards."""
     return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def missing_shards(names: Iterable[str]) -> Iterator[str]:
+    """The shards that are not among ``names``, where these count them: ``-00002-of-00005``, from 1 or from 0."""
+    sets: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        if counted := _COUNTED.fullmatch(name):
+            before, number, count = counted.groups()
+            sets.setdefault((before, count), {})[int(number)] = number
+    for (before, count), found in sets.items():
+        first, width = 0 if 0 in found else 1, len(found[min(found)])
+        for number in range(first, first + int(count)):
+            if number not in found:
+                yield f"{before}-{number:0{width}d}-of-{count}.safetensors"
 
 
 def is_plain_name(name: str) -> bool:

@@ -68,8 +68,8 @@ class Checkpoint:
     """What was odd but harmless, such as a shard that no index names."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Files that are no part of the model, each with the reason. Of version control and caches, nothing is named."""
-    vocabulary: Mapping[int, str] | None = None
-    """The token of every id; None when nothing tells, or nobody asked."""
+    tokenizer: Mapping[str, bytes] | None = None
+    """The content of the files that tell the token of every id; empty when none does, None when nobody asked."""
     adapter: Checkpoint | None = None
     """A LoRA adapter that its values are to be taken with: its tensors are the factors, its config is
     adapter_config.json."""

@@ -113,7 +113,7 @@ class Common(Running):
     ] = "error"
     force_tokenizer_mismatch: Annotated[
         bool,
-        typer.Option("--force-tokenizer-mismatch", help="Overlap also where tokenizers differ or cannot be compared."),
+        typer.Option("--force-tokenizer-mismatch", help="Add rows also where tokenizers differ or cannot be compared."),
     ] = False
     missing: Annotated[
         Missing,

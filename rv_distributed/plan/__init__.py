@@ -2,7 +2,7 @@
 
 from rv_distributed.checkpoint.sources import Operand, Source
 from rv_distributed.plan.build import make_plan
-from rv_distributed.plan.families import misfits
+from rv_distributed.plan.families import misfits, no_difference
 from rv_distributed.plan.layout import PIECE_ALIGNMENT, WHOLE_SHARDS, cut_pieces, size_pieces, task_of
 from rv_distributed.plan.model import (
     Piece,
@@ -18,6 +18,7 @@ from rv_distributed.plan.model import (
 from rv_distributed.plan.numbers import as_numbers
 from rv_distributed.plan.options import PlanOptions
 from rv_distributed.plan.requantize import is_of_scales
+from rv_distributed.plan.roles import role_problems, role_warnings
 
 __all__ = [
     "PIECE_ALIGNMENT",
@@ -39,6 +40,9 @@ __all__ = [
     "is_of_scales",
     "make_plan",
     "misfits",
+    "no_difference",
+    "role_problems",
+    "role_warnings",
     "size_pieces",
     "task_of",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from rv_distributed.checkpoint.adapter import is_adapter
 from rv_distributed.checkpoint.config import vocab_size
 from rv_distributed.checkpoint.dtypes import ARITHMETIC, FROM_USER, item_bytes
 from rv_distributed.checkpoint.header import HeaderError, tensor_bytes
@@ -16,12 +17,12 @@ from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.sidecars import sidecars_of
 from rv_distributed.checkpoint.sources import Source
 from rv_distributed.errors import MAX_REPORTED, InputError, Problem, UsageError
-from rv_distributed.plan.families import misfits
+from rv_distributed.plan.families import Tokens, misfits, no_difference
 from rv_distributed.plan.finding import Finder, Frame
 from rv_distributed.plan.layout import cut_pieces, lay_out
 from rv_distributed.plan.matching import Match, Matching, Pair, Side, match
 from rv_distributed.plan.model import Plan, PlannedInput, PlannedSidecar, Rule, Segment, ShardPlan, TensorPlan
-from rv_distributed.plan.numbers import as_numbers, copied, is_stored
+from rv_distributed.plan.numbers import SAME, as_numbers, copied, is_stored
 from rv_distributed.plan.options import PlanOptions
 from rv_distributed.plan.requantize import Draft, is_of_scales, requantized, with_places
 from rv_distributed.plan.weights import Weigher
@@ -47,11 +48,13 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
 
     pairs = _pairs(recipe, opened, options)
     problems += misfits(list(stored.values()), options) if pairs else []
+    if pairs and any(is_adapter(checkpoint) for checkpoint in stored.values()):
+        raise InputError(problems)  # what its tensors are called is then no problem of theirs
     matching = match(Frame(frame, recipe.frame_role), pairs, options)
     problems += [*matching.problems, *_giver_problems(frame, giver)]
     drafts, left_out = _drafts(frame, matching, weigher, recipe, wanted)
     if pairs and not problems and not any(draft.rule == "combine" for draft in drafts):
-        problems.append(_nothing_to_compute(frame, pairs, drafts, options))
+        problems += _nothing_to_compute(frame, pairs, drafts, left_out, options)
     scales: list[Draft] = []
     if options.requantize:
         drafts, scales, wrong = requantized(drafts, stored[recipe.frame], weigher.of("", ()))
@@ -100,16 +103,23 @@ def _drafts(
 
 
 def _nothing_to_compute(
-    frame: Checkpoint, pairs: Sequence[Pair], drafts: Sequence[Draft], options: PlanOptions
-) -> Problem:
+    frame: Checkpoint,
+    pairs: Sequence[Pair],
+    drafts: Sequence[Draft],
+    left_out: Sequence[tuple[str, str]],
+    options: PlanOptions,
+) -> list[Problem]:
     """Why no tensor would be computed. Raises UsageError when it was asked for."""
     if any(draft.why == "alpha is 0" for draft in drafts):
         raise UsageError("the alphas are 0 for every tensor")
     if options.is_selective:
         raise UsageError("--include and --exclude leave no tensor to compute")
+    if SAME in {*(draft.why for draft in drafts), *(why for _, why in left_out)}:
+        both = [(pair.plus.finder.checkpoint, pair.minus.finder.checkpoint) for pair in pairs if pair.minus is not None]
+        return [no_difference(donor, reference) for donor, reference in both if donor.uri == reference.uri]
     others = dict.fromkeys(side.finder.checkpoint.name for pair in pairs for side in pair.sides)
     what = f"has no tensor in common with {', '.join(name for name in others if name != frame.name)}"
-    return Problem(frame.uri, what, "Check that all inputs are models of one architecture.")
+    return [Problem(frame.uri, what, "Check that all inputs are models of one architecture.")]
 
 
 def _laid_out(
@@ -199,9 +209,12 @@ def _cut(segments: tuple[Segment, ...], dtype: str, nbytes: int) -> tuple[Segmen
 def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
     """Whether another input's tokenizer would have tokens that the output has no rows for."""
     rows = vocab_size(frame.config)
-    last = max(giver.vocabulary or {0: ""})
-    if giver is frame or rows is None or last < rows:
+    if giver is frame or rows is None:
         return []
+    tokens = Tokens()
+    last = max(tokens.of(giver), default=0)
+    if last < rows:
+        return tokens.problems
     what = f"has a tokenizer with ids up to {last}, but the output has the {rows} rows of {frame.uri}"
     return [Problem(giver.uri, what, "Take the small files of another input, or leave out --sidecars-from.")]
 

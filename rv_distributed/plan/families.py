@@ -12,6 +12,7 @@ from rv_distributed.checkpoint.config import stated, text_config, vocab_size
 from rv_distributed.checkpoint.dtypes import ARITHMETIC
 from rv_distributed.checkpoint.fp8 import fp8_scheme, quantization_of
 from rv_distributed.checkpoint.model import Checkpoint
+from rv_distributed.checkpoint.vocabulary import VocabularyError, parse_vocabulary
 from rv_distributed.errors import Problem
 from rv_distributed.plan.options import PlanOptions
 
@@ -26,6 +27,10 @@ _REMEDIES: Final = {
 _TOKENS_REMEDY: Final = (
     "A row of one model is then no row of the other: leave embedding and head out with --exclude; "
     "or give --force-tokenizer-mismatch, if you know that the rows belong together."
+)
+_UNTOLD: Final = "has no tokenizer.json, vocab.json, vocab.txt or tokenizer.model to tell which token a row stands for"
+_UNREADABLE_REMEDY: Final = (
+    "Download the file again; or give --force-tokenizer-mismatch, if you know that the tokens are the same."
 )
 
 _GPTQMODEL: Final = "dequantize it with GPTQModel (gptqmodel.utils.model_dequant.dequantize_model)"
@@ -104,23 +109,66 @@ def _has_rows(inputs: Sequence[Checkpoint], sizes: tuple[Any, ...], options: Pla
     )
 
 
-def tokenizer_problems(one: Checkpoint, other: Checkpoint) -> list[Problem]:
-    """Where two vocabularies of different sizes do not have the same token for an id that both have rows for."""
-    untold = [checkpoint.uri for checkpoint in (one, other) if checkpoint.vocabulary is None]
-    if one.vocabulary is None or other.vocabulary is None:
-        what = "has no tokenizer.json, vocab.json, vocab.txt or tokenizer.model to tell which token a row stands for"
-        return [Problem(uri, what, _TOKENS_REMEDY) for uri in untold]
-    rows = min(vocab_size(one.config) or 0, vocab_size(other.config) or 0)
-    differing = [number for number in range(rows) if one.vocabulary.get(number) != other.vocabulary.get(number)]
+class Tokens:
+    """The tokens of checkpoints. Files of the same content are parsed once, and those that are wrong are problems."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self._parsed: dict[tuple[tuple[str, bytes], ...], Mapping[int, str]] = {}
+
+    def of(self, checkpoint: Checkpoint) -> Mapping[int, str]:
+        """The token of every id; empty when nothing tells."""
+        files = checkpoint.tokenizer or {}
+        key = tuple(files.items())
+        if key not in self._parsed:
+            try:
+                self._parsed[key] = parse_vocabulary(files)
+            except VocabularyError as error:
+                self._parsed[key] = {}
+                self.problems.append(Problem(checkpoint.path(error.file), error.what, _UNREADABLE_REMEDY))
+        return self._parsed[key]
+
+
+def tokenizer_problems(frame: Checkpoint, others: Mapping[Checkpoint, bool]) -> list[Problem]:
+    """Where tokenizers do not have the frame's token for an id that both have rows for.
+
+    ``others`` says of each whether only some of its rows are added. Then an id that is no token in one of the two
+    counts too, and a tokenizer has to be there; tokenizers of equal vocabularies are compared where both are.
+    """
+    tokens, problems = Tokens(), dict[Problem, None]()
+    for other, overlaps in others.items():
+        if None in (frame.tokenizer, other.tokenizer) or (frame.tokenizer and frame.tokenizer == other.tokenizer):
+            continue
+        untold = [checkpoint.uri for checkpoint in (frame, other) if not checkpoint.tokenizer]
+        if untold and overlaps:
+            problems.update((Problem(uri, _UNTOLD, _TOKENS_REMEDY), None) for uri in untold)
+        elif not untold and (differ := _difference(frame, other, tokens, overlaps=overlaps)) is not None:
+            problems[differ] = None
+    return [*tokens.problems, *problems]
+
+
+def _difference(frame: Checkpoint, other: Checkpoint, tokens: Tokens, *, overlaps: bool) -> Problem | None:
+    there, here = tokens.of(frame), tokens.of(other)
+    if not there or not here:
+        return None
+    rows = min((size for each in (frame, other) if (size := vocab_size(each.config))), default=max(here) + 1)
+    ids = here.keys() | there.keys() if overlaps else here.keys() & there.keys()
+    differing = sorted(number for number in ids if number < rows and here.get(number) != there.get(number))
     if not differing:
-        return []
-    here, there = (_token(vocabulary, differing[0]) for vocabulary in (other.vocabulary, one.vocabulary))
-    ids = f"{len(differing)} of {rows} ids: {differing[0]} is {here} here and {there} there"
-    return [Problem(other.uri, f"has other tokens than {one.uri} for {ids}", _TOKENS_REMEDY)]
+        return None
+    first = f"{differing[0]} is {_token(here, differing[0])} here and {_token(there, differing[0])} there"
+    what = f"has other tokens than {frame.uri} for {len(differing)} of {rows} ids: {first}"
+    return Problem(other.uri, what, _TOKENS_REMEDY)
 
 
 def _token(vocabulary: Mapping[int, str], number: int) -> str:
     return f"{vocabulary[number]!r:.60}" if number in vocabulary else "no token"
+
+
+def no_difference(donor: Checkpoint, reference: Checkpoint) -> Problem:
+    """That two checkpoints are the same, and no vector."""
+    what = f"is the donor and holds the same weights as the reference, {reference.uri}: the vector would be zero"
+    return Problem(donor.uri, what, "Give two different checkpoints as --donor and --reference.")
 
 
 def quantization_problem(checkpoint: Checkpoint) -> Problem | None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
-from rv_distributed.checkpoint.bare_names import bare_name
+from rv_distributed.checkpoint.bare_names import bare_name, embedding_and_head, is_of_vocabulary
 from rv_distributed.checkpoint.config import is_untied, vocab_size
 from rv_distributed.checkpoint.dtypes import COMPUTABLE
 from rv_distributed.checkpoint.key_mapping import KeyRule
@@ -136,7 +136,7 @@ class Finder:
         if alike:
             self._used.add(alike[0])
             return self._fit(self.tensors[alike[0]], tensor, [("names", self._stored(alike[0]))])
-        return self._gather(name, key, tensor) or self._tied(tensor)
+        return self._gather(name, key, tensor) or self._tied(name, tensor)
 
     def leftovers(self) -> list[str]:
         """The tensors that were not found to be any of the frame's, by their names here."""
@@ -145,13 +145,17 @@ class Finder:
     def is_head_of_tied(self, stored: str) -> bool:
         """Whether a leftover looks like a head, and the frame has one tensor for both head and embedding."""
         shape = self.checkpoint.tensors[stored].shape
-        return len(shape) == 2 and shape[0] == self._rows and self._tied_width == shape[1]
+        return is_of_vocabulary(stored) and shape == (self._rows, self._tied_width)
+
+    @cached_property
+    def _twins(self) -> dict[str, Tensor]:
+        """The frame's embedding and head."""
+        return embedding_and_head(self._frame.tensors, vocab_size(self._frame.config))
 
     @cached_property
     def _tied_width(self) -> int | None:
         """Columns of the frame's embedding, where that is its head too."""
-        rows = vocab_size(self._frame.config)
-        widths = [t.shape[1] for t in self._frame.tensors.values() if len(t.shape) == 2 and t.shape[0] == rows]
+        widths = [tensor.shape[1] for tensor in self._twins.values()]
         return widths[0] if len(widths) == 1 and not is_untied(self._frame.config) else None
 
     @property
@@ -244,14 +248,13 @@ class Finder:
             return f"{len(slices)} tensors, {first} to {last}"
         return f"a part of {first}"
 
-    def _tied(self, tensor: Tensor) -> Found | Misfit | None:
+    def _tied(self, name: str, tensor: Tensor) -> Found | Misfit | None:
         """The one tensor that is embedding and head here, unless the config says that they are two."""
-        rows, shape = self._rows, tensor.shape
-        if len(shape) != 2 or shape[0] != vocab_size(self._frame.config) or is_untied(self.checkpoint.config):
+        if name not in self._twins or len(self._twins) > 2 or is_untied(self.checkpoint.config):
             return None
-        own = [name for name, other in self.tensors.items() if other.shape == (rows, shape[1])]
-        twins = [name for name, other in self._frame.tensors.items() if other.shape == shape]
-        if len(own) != 1 or len(twins) > 2:
+        here = embedding_and_head(self.tensors, self._rows)
+        own = [of for of, other in here.items() if other.shape[1] == tensor.shape[1]]
+        if len(own) != 1:
             return None
         self._used.add(own[0])
         return self._fit(self.tensors[own[0]], tensor, [("tied", f"{self._stored(own[0])}, which it is tied to")])

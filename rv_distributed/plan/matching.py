@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from rv_distributed.checkpoint.bare_names import is_known_buffer, pattern_of, renaming
+from rv_distributed.checkpoint.bare_names import is_known_buffer, is_of_vocabulary, pattern_of, renaming
+from rv_distributed.checkpoint.config import vocab_size
 from rv_distributed.checkpoint.dtypes import COMPUTABLE, DTYPES
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
 from rv_distributed.checkpoint.sources import Source, shifted
@@ -87,7 +88,7 @@ def match(frame: Frame, pairs: Sequence[Pair], options: PlanOptions) -> Matching
     matcher = _Matcher(frame, pairs, options)
     tensors = tuple(matcher.match(name, tensor) for name, tensor in frame.checkpoint.tensors.items())
     matcher.compare_what_is_left()
-    matcher.compare_tokenizers()
+    matcher.compare_tokenizers(tensors)
     return Matching(tensors, matcher.left_out(), matcher.rules(), tuple(matcher.problems))
 
 
@@ -102,6 +103,7 @@ class _Matcher:
         self._only_here: list[str] = []
         self._notes: dict[tuple[str, str], Counter[str]] = {}
         self._overlapping: set[Finder] = set()
+        self._added_to_rows: set[Finder] = set()
         self._matched = False
         self.problems = [problem for finder in self._others for problem in _collisions(finder)]
 
@@ -232,13 +234,17 @@ class _Matcher:
                 what = f"has {here} that no vector has, and {finders[0].checkpoint.uri} has {there} with no place here"
                 self.problems.append(Problem(self._frame.uri, what, _SAME_OR_COPY))
 
-    def compare_tokenizers(self) -> None:
+    def compare_tokenizers(self, matches: Sequence[Match]) -> None:
         """Rows of two vocabularies belong together only where both tokenizers mean the same by them."""
-        if self._options.force_tokenizer_mismatch:
-            return
-        for finder in self._others:
-            if finder in self._overlapping:
-                self.problems += tokenizer_problems(self._frame, finder.checkpoint)
+        sides = {pair.vector: pair.sides for pair in self._pairs}
+        rows = vocab_size(self._frame.config)
+        for (name, tensor), found in zip(self._frame.tensors.items(), matches, strict=True):
+            if found.stretches and (tensor.shape[:1] == (rows,) or is_of_vocabulary(name)):
+                given = (vector for _, vectors in found.stretches for vector in vectors)
+                self._added_to_rows.update(side.finder for vector in given for side in sides[vector.vector])
+        if not self._options.force_tokenizer_mismatch:
+            compared = {f.checkpoint: f in self._overlapping for f in self._others if f in self._added_to_rows}
+            self.problems += tokenizer_problems(self._frame, compared)
 
     def left_out(self) -> tuple[tuple[str, str], ...]:
         """The tensors of other inputs that have no place here, by name, each with the reason."""
@@ -255,10 +261,12 @@ class _Matcher:
         for (rule, text), counts in sorted(self._notes.items(), key=lambda note: -max(note[1].values())):
             of = f"{', '.join(counts)}: {text}"
             lines.setdefault(rule, []).append(f"{of} ({plural(max(counts.values()), 'tensor')})")
+        forced = self._options.force_tokenizer_mismatch
         if self._overlapping:
-            forced = self._options.force_tokenizer_mismatch
             compared = "tokenizers were not compared" if forced else "the tokenizers have the same tokens there"
             lines["vocabulary"].insert(0, f"{compared}; other rows stay as they are")
+        elif forced and self._added_to_rows:
+            lines["vocabulary"] = ["tokenizers were not compared"]
         for number, (pattern, _) in enumerate(self._options.key_mapping):
             if not any(finder.uses[number] for finder in self._others):
                 lines.setdefault("key mapping", []).append(f"no name is changed by {pattern!r}")

@@ -40,7 +40,7 @@ class PlanOptions:
     vocab_mismatch: VocabMismatch = "error"
     """Of inputs with vocabularies of other sizes: error, or overlap: the rows that all have get the vector."""
     force_tokenizer_mismatch: bool = False
-    """Whether ids that the inputs share may stand for other tokens, or for tokens that nobody can tell."""
+    """Whether an id may stand for another token in another input or, with overlap, for one that nobody can tell."""
     missing: Missing = "error"
     """Of tensors that get no difference, as one side lacks them: error, or copy. See the README for what is missing."""
     key_mapping: tuple[KeyRule, ...] = ()
@@ -75,8 +75,6 @@ class PlanOptions:
             raise UsageError(f"--seed: {self.seed} is not between 0 and 2⁶⁴ − 1")
         if self.seed and self.rounding != "stochastic":
             raise UsageError(f"--seed {self.seed} changes nothing without --rounding stochastic; give both or neither")
-        if self.force_tokenizer_mismatch and self.vocab_mismatch != "overlap":
-            raise UsageError("--force-tokenizer-mismatch changes nothing without --vocab-mismatch overlap")
         for pattern in (self.include, self.exclude):
             check_pattern(pattern or "")
         if len({rule.pattern for rule in self.key_mapping}) < len(self.key_mapping):
@@ -96,10 +94,9 @@ class PlanOptions:
         )
 
     @property
-    def needs_vocabularies(self) -> bool:
+    def needs_tokenizers(self) -> bool:
         """Whether the plan needs the tokens of the inputs."""
-        overlaps = self.vocab_mismatch == "overlap" and not self.force_tokenizer_mismatch
-        return overlaps or self.sidecars_from is not None
+        return not self.force_tokenizer_mismatch or self.sidecars_from is not None
 
     def recorded(self, dtype: str) -> tuple[tuple[str, str], ...]:
         """For the manifest and for resume: all that change the output, with the dtype that was chosen."""

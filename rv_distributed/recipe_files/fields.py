@@ -164,7 +164,7 @@ class RecipeFields(Fields):
     vocab_mismatch: VocabMismatch = _DEFAULTS.vocab_mismatch
     """Of vocabularies of other sizes; overlap: the rows that all have get the vectors."""
     force_tokenizer_mismatch: bool = _DEFAULTS.force_tokenizer_mismatch
-    """Overlap also where tokenizers differ or cannot be compared."""
+    """Add rows also where tokenizers differ or cannot be compared."""
     missing: Missing = _DEFAULTS.missing
     """Of tensors that donor or reference lacks; copy: the target's stay as they are."""
     key_mapping: Annotated[dict[Regex, str], AfterValidator(_rules)] = {}

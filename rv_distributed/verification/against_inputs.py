@@ -53,7 +53,7 @@ def verify_against_inputs(uri: str, *, sample: float = 1.0, progress: VerifyProg
     if findings:
         raise VerifyError(folder.uri, findings)
     recipe, options = _recipe_of(folder, manifest)
-    plan = make_plan(recipe, _open_inputs(manifest.inputs, vocabulary=options.needs_vocabularies), options)
+    plan = make_plan(recipe, _open_inputs(manifest.inputs), options)
     alphas = () if plan.operation == "extract" else plan.alphas[0]
     if (plan.operation, dict(plan.options), alphas) != (manifest.operation, manifest.options, manifest.alphas):
         raise VerifyError(folder.uri, [Finding(MANIFEST_FILE, f"states other options or alphas than {RECIPE_FILE}")])
@@ -102,13 +102,16 @@ def _name(group: Sequence[InputEntry]) -> str:
     return "+".join(entry.uri for entry in group)
 
 
-def _open_inputs(entries: Sequence[InputEntry], *, vocabulary: bool) -> dict[str, Checkpoint]:
-    """The inputs by their names. Raises InputError with all that are gone or were changed."""
+def _open_inputs(entries: Sequence[InputEntry]) -> dict[str, Checkpoint]:
+    """The inputs by their names, without tokenizers: what may be added was decided before the run.
+
+    Raises InputError with all that are gone or were changed.
+    """
     opened: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     for name, group in {_name(group): group for group in _grouped(entries)}.items():
         try:
-            opened[name] = open_checkpoint(name, vocabulary=vocabulary)
+            opened[name] = open_checkpoint(name)
         except InputError as error:
             problems += error.problems
             continue

@@ -123,6 +123,20 @@ def test_a_config_that_is_missing_or_says_nothing_is_no_problem(tmp_path: Path, 
     assert done.status == 0, done.stderr
 
 
+def test_a_target_without_a_config_is_warned_of(tmp_path: Path) -> None:
+    models = make_models(tmp_path)
+    for role in ROLES:
+        (models / role / "config.json").unlink()
+    args = transfer(models, models / "out", "--dry-run")
+    told = f"{models / 'target'}: holds no config.json, so the output has none, and transformers cannot load it: put "
+    done = run_rv(*args)
+    assert (done.status, done.stderr.count("warning: ")) == (0, 1)
+    assert done.stderr.startswith(f"warning: {told}")
+    (warning,) = json.loads(run_rv(*args, "--json").stdout)["plan"]["warnings"]
+    assert warning.startswith(told)
+    assert run_rv("extract", *args[3:-3], "--out", models / "out", "--dry-run").stderr == ""
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000], ids=["cut", "a list", "no text", "deep"])
 def test_a_malformed_config_is_refused(tmp_path: Path, content: bytes) -> None:
     models = make_models(tmp_path)
@@ -192,11 +206,14 @@ def test_a_donor_that_is_its_reference_is_refused(tmp_path: Path, how: Callable[
     assert_refused(models, transfer(models, models / "out"), (what, "the vector would be zero. ", remedy))
 
 
-def test_one_folder_as_donor_and_reference_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", [(), ("--target",)])
+def test_one_folder_as_donor_and_reference_is_refused(tmp_path: Path, target: tuple[str, ...]) -> None:
     models = make_models(tmp_path)
     donor = models / "donor"
-    args: list[str | Path] = ["extract", "--donor", donor, "--reference", donor, "--out", models / "out"]
-    assert_refused(models, args, "the vector would be zero")
+    args: list[str | Path] = ["transfer", *target, models / "target"] if target else ["extract"]
+    done = assert_refused(models, [*args, "--donor", donor, "--reference", donor, "--out", models / "out"])
+    assert done.stderr.startswith(f"rv: {donor}: is the donor and holds the same weights as the reference, {donor}: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_checkpoints_that_differ_only_where_no_sample_is_taken_make_a_vector(tmp_path: Path) -> None:

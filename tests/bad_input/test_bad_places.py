@@ -134,7 +134,8 @@ UNREADABLE = {
     ONE: "cannot be read: Permission denied. Check its permissions and its storage.",
     INDEX: "cannot be read: Permission denied. Check its permissions and its storage.",
     "config.json": "cannot be read: Permission denied. Check its permissions and its storage.",
-    "tokenizer.json": "cannot be read: Permission denied. Change its permissions.",
+    "tokenizer.json": "cannot be read: Permission denied. Check its permissions and its storage.",
+    "LICENSE": "cannot be read: Permission denied. Change its permissions.",
     "": "cannot be listed: Permission denied. Check its permissions.",
     "code": "cannot be listed: Permission denied. Check its permissions.",
 }
@@ -145,7 +146,8 @@ UNREADABLE = {
 def test_what_may_not_be_read_is_refused(tmp_path: Path, name: str) -> None:
     models = make_models(tmp_path)
     path = models / "target" / name
-    (models / "target" / "tokenizer.json").write_text("{}")
+    for small in ("tokenizer.json", "LICENSE"):
+        (models / "target" / small).write_text("{}")
     (models / "target" / "code").mkdir()
     path.chmod(0)
     before = tree(models)

@@ -53,6 +53,17 @@ def point(tensor: str, to: str | None) -> Spoil:
     return spoil
 
 
+def counted(*names: str) -> Spoil:
+    """Make these the names of the first shards, without an index."""
+
+    def spoil(folder: Path) -> None:
+        (folder / INDEX).unlink()
+        (folder / ONE).rename(folder / names[0])
+        (folder / TWO).rename(folder / names[1])
+
+    return spoil
+
+
 def second_copy(folder: Path) -> None:
     (folder / TWO).write_bytes((folder / ONE).read_bytes())
 
@@ -78,6 +89,19 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 CASES = {
     "a missing shard named by the index": Bad(
         lambda f: (f / TWO).unlink(), INDEX, f"names the shard {TWO}, which is missing", "Download the shard"
+    ),
+    "a missing shard that only the names count": Bad(
+        counted("model-00001-of-00004.safetensors", "model-00003-of-00004.safetensors"),
+        "",
+        "lacks model-00002-of-00004.safetensors, model-00004-of-00004.safetensors: its other shards' names count them",
+        "Download what is missing",
+    ),
+    "many missing shards": Bad(
+        counted("model-0-of-61.safetensors", "model-1-of-61.safetensors"),
+        "",
+        "lacks model-2-of-61.safetensors, model-3-of-61.safetensors, model-4-of-61.safetensors, "
+        "model-5-of-61.safetensors, model-6-of-61.safetensors and 54 more: ",
+        "Download what is missing",
     ),
     "a stale index": Bad(point("norm", ONE), INDEX, f"says {ONE}, but {TWO} holds it", BOTH, "norm"),
     "a tensor in the index that its shard lacks": Bad(

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rv_distributed.checkpoint.index import IndexFormatError, build_index, is_plain_name, parse_index, shard_name
+from rv_distributed.checkpoint.index import (
+    IndexFormatError,
+    build_index,
+    is_plain_name,
+    missing_shards,
+    parse_index,
+    shard_name,
+)
 
 ESCAPING = {
     "parent": "../x.safetensors",
@@ -102,3 +109,11 @@ def test_shard_names_sort_in_the_order_of_their_numbers() -> None:
     names = [shard_name(number, 1234) for number in range(1, 1235)]
     assert names == sorted(names)
     assert len(set(names)) == 1234
+
+
+@pytest.mark.parametrize("names", [(1, 2, 3), (0, 1, 2)])
+def test_shards_that_count_each_other_are_whole_from_1_or_from_0(names: tuple[int, ...]) -> None:
+    shards = [f"model-{number:05d}-of-00003.safetensors" for number in names]
+    assert not list(missing_shards([*shards, "consolidated.safetensors", "vision-of-2.safetensors"]))
+    for lacking in shards[1:]:
+        assert list(missing_shards(name for name in shards if name != lacking)) == [lacking]

@@ -241,7 +241,6 @@ def test_a_recipe_states_the_rules_and_the_other_options(tmp_path: Path) -> None
         ("key_mapping: [a]", "key_mapping"),
         ("missing: perhaps", "missing"),
         ("sidecars_from: nobody", "sidecars_from"),
-        ("force_tokenizer_mismatch: true", "--vocab-mismatch overlap"),
     ],
 )
 def test_options_of_a_recipe_that_make_no_sense_are_refused(tmp_path: Path, line: str, told: str) -> None:

@@ -114,6 +114,20 @@ def test_another_tensor_of_the_embedding_s_shape_is_tied_to_nothing(tmp_path: Pa
         assert rows_of(again / "out")[name].why == "not in any vector"
 
 
+def test_a_head_for_other_ends_is_tied_to_nothing(tmp_path: Path) -> None:
+    """Though it has a row for every token."""
+    models = models_of(tmp_path, dict.fromkeys(ROLES, "none"))
+    tensors = {role: read_checkpoint(models / role) for role in ROLES}
+    tensors["target"]["my_value_head.weight"] = weights(np.random.default_rng(3), "BF16", SHAPE)
+    config = {"vocab_size": 512, "tie_word_embeddings": True}
+    again = write_models(tmp_path / "again", tensors, configs=dict.fromkeys(ROLES, config))
+    done = run_rv(*transfer(again, again / "out", f"--alpha={ALPHA}"))
+    assert (done.status, done.stderr) == (0, "")
+    found = read_checkpoint(again / "out")
+    assert found.pop("my_value_head.weight") == tensors["target"]["my_value_head.weight"]
+    assert_same(found, wanted(models))
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_a_head_that_differs_although_the_config_says_tied_is_reported_and_taken_as_it_is(
     tmp_path: Path, role: str

@@ -201,10 +201,64 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert run_rv(*transfer(models, models / "out", "--exclude", "embed|head")).status == 0
 
 
-def test_a_forced_mismatch_without_overlap_makes_no_sense(tmp_path: Path) -> None:
-    models = models_of(tmp_path)
-    args = transfer(models, models / "out", "--force-tokenizer-mismatch")
-    assert_refused(models, args, "--force-tokenizer-mismatch changes nothing without --vocab-mismatch overlap")
+EQUAL = dict.fromkeys(ROLES, 1900)
+
+
+@pytest.mark.parametrize("more", [(), ("--vocab-mismatch", "overlap")])
+def test_other_tokens_in_vocabularies_of_one_size_are_refused(tmp_path: Path, more: tuple[str, ...]) -> None:
+    others = tokenizer_json([f"v{number}" for number in range(1800)])
+    tokenizers = {"target": tokenizer_json(words(1800)), "donor": others, "reference": others}
+    models = models_of(tmp_path, EQUAL, tokenizers=tokenizers)
+    remedies = "leave embedding and head out with --exclude; or give --force-tokenizer-mismatch"
+    told = f"has other tokens than {models / 'target'} for 1800 of 1900 ids: 0 is 'v0' here and 'w0' there. "
+    wanted_of = {role: (f"{models / role}: {told}", remedies) for role in ("donor", "reference", "vector")}
+    args = transfer(models, models / "out", *more)
+    done = assert_refused(models, args, wanted_of["donor"], wanted_of["reference"])
+    assert done.stderr.startswith("rv: 2 problems")
+    ok("extract", "--donor", models / "donor", "--reference", models / "reference", "--out", models / "vector")
+    args = ["apply", "--target", models / "target", "--vector", models / "vector", "--out", models / "out", *more]
+    assert_refused(models, args, wanted_of["vector"])
+
+
+def test_other_tokens_are_added_to_if_forced_and_no_matter_where_no_row_is(tmp_path: Path) -> None:
+    others = tokenizer_json([f"v{number}" for number in range(1800)])
+    tokenizers = {"target": tokenizer_json(words(1800)), "donor": others, "reference": others}
+    models = models_of(tmp_path, EQUAL, tokenizers=tokenizers)
+    found, said = transferred(models, "--force-tokenizer-mismatch")
+    assert_same(found, wanted(models, 1900))
+    assert "tokenizers were not compared" in said
+    args = transfer(models, models / "left", "--exclude", "embed")
+    assert_refused(models, args, "for 1800 of 1900 ids")
+    assert "tokenizers" not in ok(*transfer(models, models / "left", "--exclude", "embed|head")).stdout
+
+
+def test_vocabularies_of_one_size_may_lack_tokens_and_tokenizers(tmp_path: Path) -> None:
+    """A row that only one has a token for is of no use to the other; without a tokenizer, sizes are all there is."""
+    added = tokenizer_json(words(1800), {1800: "<think>"})
+    tokenizers = {"target": tokenizer_json(words(1799)), "donor": added, "reference": {"qwen.tiktoken": b"IQ== 0\n"}}
+    models = models_of(tmp_path, EQUAL, tokenizers=tokenizers)
+    assert_same(transferred(models)[0], wanted(models, 1900))
+
+
+def test_tokenizers_of_the_same_bytes_are_not_parsed(tmp_path: Path) -> None:
+    models = models_of(tmp_path, EQUAL, tokenizers={role: {"tokenizer.json": b"none"} for role in ROLES})
+    assert_same(transferred(models)[0], wanted(models, 1900))
+
+
+def test_where_no_config_tells_the_rows_names_do(tmp_path: Path) -> None:
+    tokenizers = {role: tokenizer_json(words(1800)) for role in ROLES} | {"donor": tokenizer_json(words(1800)[::-1])}
+    models = models_of(tmp_path, EQUAL, tokenizers=tokenizers)
+    for role in ROLES:
+        (models / role / "config.json").write_text('{"model_type": "llama"}')
+    told = f"{models / 'donor'}: has other tokens than {models / 'target'} for 1800 of 1800 ids"
+    assert_refused(models, transfer(models, models / "out"), told)
+
+
+def test_outputs_are_verified_whatever_the_tokenizers_are_now(tmp_path: Path) -> None:
+    models = models_of(tmp_path, EQUAL)
+    transferred(models)
+    (models / "donor" / "tokenizer.json").write_bytes(tokenizer_json(words(1800)[::-1])["tokenizer.json"])
+    ok("verify", models / "out", "--against-inputs")
 
 
 def test_fast_and_slow_files_of_one_tokenizer_agree(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def test_blobs_that_lead_out_of_the_cache_are_refused(models: Path, tmp_path: Pa
 
 
 def test_small_files_of_a_donor_are_not_copied_so_they_may_lie_anywhere(models: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (models / "donor" / "tokenizer.json").unlink(missing_ok=True)
+    (tmp_path / "tokenizer.json").write_bytes((models / "target" / "tokenizer.json").read_bytes())
     (models / "donor" / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
     assert run_rv(*transfer(models, tmp_path / "out")).status == 0
 
