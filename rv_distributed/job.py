@@ -22,7 +22,7 @@ from rv_distributed.results import piece_rows
 from rv_distributed.runtime.model import PieceResult, Runtime, WorkerConfig, WorkerShape
 from rv_distributed.runtime.select import ChosenRuntime, RunOptions, expected_shape
 from rv_distributed.runtime.sizing import Sizing, bytes_to_read, size_worker
-from rv_distributed.staging import Record, Staging, open_staging, tidy
+from rv_distributed.staging import Record, Staging, noted, open_staging, tidy
 from rv_distributed.storage.places import Room, check_rooms, rooms
 from rv_distributed.storage.publish import remove
 from rv_distributed.storage.uris import HubUri
@@ -93,6 +93,16 @@ class Job:
     def check_space(self) -> None:
         """Raise OutputError when the outputs do not fit."""
         check_rooms(self.rooms)
+
+    def unfinished(self) -> int:
+        """How many pieces an earlier run has finished, as far as its notes tell: `run` checks them and keeps them.
+
+        Raises OutputError, as `run`, when that was a run of another job.
+        """
+        if self.options.restart or not self.todo:
+            return 0
+        found = [noted(self.outs[number], identity_of(self.plan, number)) for number in self.todo]
+        return len(set.intersection(*found))
 
     def run(
         self, progress: ProgressCallback | None = None, cancel: threading.Event | None = None

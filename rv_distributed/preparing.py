@@ -25,9 +25,9 @@ from rv_distributed.pushing import hub_target, local_stage, push_problem
 from rv_distributed.recipe import Recipe
 from rv_distributed.runtime.select import RunOptions, choose_runtime, expected_shape
 from rv_distributed.runtime.sizing import size_worker
-from rv_distributed.staging import published
+from rv_distributed.staging import published, unlike
 from rv_distributed.storage import HUB, PosixFolder, open_folder, resolve_output
-from rv_distributed.storage.places import place_problems
+from rv_distributed.storage.places import place_of, place_problems
 
 
 def prepare(
@@ -43,7 +43,7 @@ def prepare(
         raise UsageError("give each alpha an output of its own")
     outs = [resolve_output(out) for out in outs]
     pushes = {number: hub_target(out) for number, out in enumerate(outs) if out.startswith(HUB)}
-    outs = [local_stage(pushes[number]) if number in pushes else out for number, out in enumerate(outs)]
+    outs = [local_stage(pushes[number]) if number in pushes else place_of(out) for number, out in enumerate(outs)]
     if any(map(is_remote, outs)):
         # There a piece cannot begin in the middle of a file.
         plan_options = replace(plan_options, piece_bytes=WHOLE_SHARDS)
@@ -62,10 +62,10 @@ def prepare(
                 problems += error.problems
     # Tokenizers are for the plan alone, and not small enough to be kept through a run.
     opened = {name: replace(checkpoint, tokenizer=None) for name, checkpoint in opened.items()}
-    complete = _complete(plan, outs, run_options) if plan is not None else {}
+    complete, others = _there(plan, outs, run_options) if plan is not None else ({}, {})
     unmade = [out for number, out in enumerate(outs) if number not in complete]
     inputs = all_folders(opened.values())
-    places = place_problems(unmade, inputs, overwrite=run_options.overwrite, dry_run=dry_run)
+    places = place_problems(unmade, inputs, others, overwrite=run_options.overwrite, dry_run=dry_run)
     places += [problem for problem in map(push_problem, pushes.values()) if problem is not None]
     if problems or plan is None:
         raise InputError(dict.fromkeys([*problems, *places]))
@@ -77,16 +77,19 @@ def prepare(
     return Job(recipe, plan_options, opened, plan, tuple(outs), pushes, complete, run_options, runtime, sizing)
 
 
-def _complete(plan: Plan, outs: Sequence[str], options: RunOptions) -> dict[int, Manifest]:
-    """The outputs that an earlier run of the same plan has published: by number, with their manifests."""
-    if options.overwrite and options.restart:
-        return {}
-    found = {
-        number: published(out, identity_of(plan, number), overwrite=options.overwrite)
-        for number, out in enumerate(outs)
-        if is_remote(out) or os.path.lexists(out)
-    }
-    return {number: manifest for number, manifest in found.items() if manifest is not None}
+def _there(plan: Plan, outs: Sequence[str], options: RunOptions) -> tuple[dict[int, Manifest], dict[str, str]]:
+    """The outputs that an earlier run of the same plan has published, by number, with their manifests; and of those
+    that are others, how they differ."""
+    complete, others = dict[int, Manifest](), dict[str, str]()
+    for number, out in enumerate(outs):
+        if (options.overwrite and options.restart) or not (is_remote(out) or os.path.lexists(out)):
+            continue
+        identity = identity_of(plan, number)
+        if manifest := published(out, identity, overwrite=options.overwrite):
+            complete[number] = manifest
+        elif not options.overwrite:
+            others[out] = unlike(out, identity)
+    return complete, others
 
 
 @contextmanager

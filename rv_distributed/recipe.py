@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from rv_distributed.checkpoint.manifest import WITHOUT_TARGET
 from rv_distributed.errors import UsageError
@@ -24,6 +24,7 @@ Stats = Literal["full", "basic", "none"]
 VocabMismatch = Literal["error", "overlap"]
 Missing = Literal["error", "copy"]
 Role = Literal["target", "donor", "reference", "vector", "model", "base"]
+_PLACEHOLDER: Final = re.compile(r"\{([^{}/]*)\}")
 
 
 class Arithmetic(NamedTuple):
@@ -227,6 +228,19 @@ def check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def named_out(template: str, labels: Mapping[str, str]) -> str:
+    """The name of an output: ``template`` with what ``labels`` has for each ``{name}`` in it. Raises UsageError for a
+    name that they do not have."""
+
+    def label(found: re.Match[str]) -> str:
+        if found[1] not in labels:
+            known = " and ".join(f"{{{name}}}" for name in labels)
+            raise UsageError(f"--out: {found[0]} stands for nothing here{f', only {known}' if known else ''}")
+        return labels[found[1]]
+
+    return _PLACEHOLDER.sub(label, template)
 
 
 def show_alpha(alpha: float) -> str:

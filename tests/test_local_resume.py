@@ -184,8 +184,7 @@ def test_damaged_pieces_are_made_again(
 
 def test_another_alpha_on_unfinished_pieces_is_refused_and_restart_begins_anew(inputs: Inputs, tmp_path: Path) -> None:
     inputs.stopped(tmp_path / "out")
-    then, now = np.float32(0.7), np.float32(0.3)
-    with pytest.raises(rv.OutputError, match=rf"alphas.*then {float(then)!r}, now {float(now)!r}.*--restart"):
+    with pytest.raises(rv.OutputError, match=r"alpha: then 0\.7, now 0\.3.*--restart"):
         inputs.run(tmp_path / "out", alpha=0.3)
     assert not (tmp_path / "out").exists()
     assert inputs.run(tmp_path / "out", alpha=0.3, restart=True).timings.pieces_kept == 0
@@ -202,7 +201,7 @@ def test_a_refusal_leaves_the_unfinished_run_as_it_was(inputs: Inputs, tmp_path:
 def test_an_input_that_changed_between_two_runs_is_named(inputs: Inputs, tmp_path: Path) -> None:
     inputs.stopped(tmp_path / "out")
     os.utime(inputs.donor / "model.safetensors", ns=(10**18, 10**18))
-    with pytest.raises(rv.OutputError, match=r"inputs\.1: donor.*model\.safetensors"):
+    with pytest.raises(rv.OutputError, match=r"size or time of .*donor/model\.safetensors changed"):
         inputs.run(tmp_path / "out")
 
 
@@ -290,7 +289,6 @@ def test_an_output_that_exists_is_refused_and_left_alone(inputs: Inputs, tmp_pat
 
 def test_overwrite_replaces_the_whole_output_at_the_end(inputs: Inputs, tmp_path: Path) -> None:
     inputs.run(tmp_path / "out", alpha=0.3)
-    (tmp_path / "out" / "stale.txt").write_text("old")
     before = content_of(tmp_path / "out")
 
     def progress(_: rv.Progress) -> None:
@@ -298,22 +296,21 @@ def test_overwrite_replaces_the_whole_output_at_the_end(inputs: Inputs, tmp_path
 
     inputs.run(tmp_path / "out", overwrite=True, progress=progress)
     assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
-    assert not (tmp_path / "out" / "stale.txt").exists()
     assert not staged(tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["file", "link"])
-def test_overwrite_replaces_what_is_no_folder(inputs: Inputs, tmp_path: Path, kind: str) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "mine.txt").write_text("precious")
-    if kind == "file":
-        (tmp_path / "out").write_text("old")
-    else:
-        (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
-    inputs.run(tmp_path / "out", overwrite=True)
+def test_what_comes_into_the_older_output_during_the_run_is_kept(inputs: Inputs, tmp_path: Path) -> None:
+    inputs.run(tmp_path / "out", alpha=0.3)
+
+    def progress(_: rv.Progress) -> None:
+        (tmp_path / "out" / "notes.txt").write_text("precious")
+
+    with pytest.raises(rv.OutputError, match=r"would delete: notes\.txt"):
+        inputs.run(tmp_path / "out", overwrite=True, progress=progress)
+    assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.3)
+    (tmp_path / "out" / "notes.txt").unlink()
+    assert inputs.run(tmp_path / "out", overwrite=True).timings.bytes_written == 0
     assert read_checkpoint(tmp_path / "out") == inputs.wanted(0.7)
-    assert (tmp_path / "elsewhere" / "mine.txt").read_text() == "precious"
-    assert not staged(tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["target", "donor/inside", "reference/a/b", ".", "link", "link/inside"])

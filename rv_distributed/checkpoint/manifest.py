@@ -179,6 +179,11 @@ class Manifest:
         """Whether the output is a target and what was added to it."""
         return self.operation not in WITHOUT_TARGET
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of the output but the manifest, by name."""
+        return {shard.name: shard.bytes for shard in self.shards} | {file.name: file.bytes for file in self.files}
+
     def with_file(self, entry: FileEntry) -> Manifest:
         """The same manifest with one more file."""
         return replace(self, files=(*self.files, entry))
@@ -223,6 +228,15 @@ def manifest_from(document: object) -> Manifest:
     if document["operation"] not in OPERATIONS:
         raise ManifestError(f"is not a manifest: its operation is {document['operation']!r:.80}")
     return _one_of(Manifest, values)
+
+
+def names_in(raw: bytes) -> set[str]:
+    """The names of an output's files, by its manifest, of whatever version. Raises ManifestError."""
+    try:
+        document = json.loads(raw)
+        return {MANIFEST_FILE, *(entry["name"] for kind in ("shards", "files") for entry in document[kind])}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ManifestError("is not a manifest") from error
 
 
 def _alpha(value: object) -> float | None:

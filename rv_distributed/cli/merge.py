@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Final
 
@@ -10,7 +11,7 @@ import typer
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.cli.options import Common, Out, with_common
 from rv_distributed.errors import UsageError
-from rv_distributed.recipe import Recipe, Vector
+from rv_distributed.recipe import Recipe, Vector, named_out
 
 Target = Annotated[str, typer.Option("--target", help="Checkpoint that receives the vector.", metavar="PATH")]
 Donor = Annotated[str, typer.Option("--donor", help="Checkpoint A of A − B: has the skill.", metavar="PATH")]
@@ -41,7 +42,7 @@ def extract(donor: Donor, reference: Reference, out: Out, common: Common) -> Non
       rv extract --donor grpo --reference sft --out vector
       rv extract --donor grpo --reference sft --out vector-mlp --include '\\.mlp\\.'
     """
-    _run(Recipe("extract", None, (Vector(donor, reference),), ((1.0,),)), [out], common)
+    _run(Recipe("extract", None, (Vector(donor, reference),), ((1.0,),)), [named_out(out, {})], common)
 
 
 @with_common
@@ -84,8 +85,11 @@ def _run(recipe: Recipe, outs: list[str], common: Common) -> None:
 
 
 def _split(text: str) -> tuple[str, float | None]:
-    """``PATH=ALPHA`` as its two parts; a path may itself hold an equals sign, and so do a URI's options."""
+    """``PATH=ALPHA`` as its two parts; a path may itself hold an equals sign, and so do a URI's options. What is there
+    under the whole name is meant."""
     path, equals, alpha = text.rpartition("=")
+    if os.path.lexists(os.path.expanduser(text)):
+        return text, None
     is_option = is_remote(path) and _OPTION.search(path)
     try:
         return (path, float(alpha)) if equals and not is_option else (text, None)
@@ -102,6 +106,11 @@ def parse_alphas(texts: list[str]) -> list[tuple[str, float]]:
 
 
 def _outs(template: str, alphas: list[tuple[str, float]]) -> list[str]:
+    texts = dict[float, str]()
+    for text, value in alphas:
+        if value in texts:
+            raise UsageError(f"--alpha: {texts[value]} and {text} are the same number; give it once")
+        texts[value] = text
     if len(alphas) > 1 and "{alpha}" not in template:
         raise UsageError("--out: several alphas make several outputs; write for instance --out 'out-{alpha}'")
-    return [template.replace("{alpha}", text) for text, _ in alphas]
+    return [named_out(template, {"alpha": text}) for text, _ in alphas]

@@ -60,7 +60,9 @@ class Running:
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Publish an output although it holds NaN or infinity.")
     ] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything but GPUs, print the plan, and stop.")] = (
+        False
+    )
     json: Json = False
     quiet: Quiet = False
     log_format: Annotated[

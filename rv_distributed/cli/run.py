@@ -36,12 +36,15 @@ def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: 
     job = prepare(recipe, outs, plan_options, common.run_options(), dry_run=common.dry_run)
     for warning in job.warnings:
         warn(f"warning: {one_line(warning)}")
+    # A run finds out when it takes the places.
+    kept = job.unfinished() if common.dry_run else 0
     if talks:
-        say(plan_summary(job))
+        say(plan_summary(job, kept))
     job.check_space()
     if common.dry_run:
         if common.json:
-            say(json.dumps({"schema_version": 1, "status": "planned", "plan": plan_document(job)}, indent=2))
+            document = {"schema_version": 1, "status": "planned", "plan": plan_document(job), "pieces_kept": kept}
+            say(json.dumps(document, indent=2))
         return
     if job.pushes and not talks:
         hide_upload_bars()
@@ -61,8 +64,8 @@ def run(recipe: Recipe, plan_options: PlanOptions, outs: Sequence[str], common: 
         say(json.dumps({**document, "workers": effort_document(display.workers), "warnings": odd}, indent=2))
 
 
-def plan_summary(job: Job) -> str:
-    """What is going to happen, for people."""
+def plan_summary(job: Job, kept: int) -> str:
+    """What is going to happen, for people; ``kept`` pieces are there already."""
     formulas = "; ".join(dict.fromkeys(formula(job.plan, number) for number in range(len(job.outs))))
     rows = [("operation", f"{job.plan.operation}: {formulas}")]
     if special := _arithmetic(job):
@@ -87,6 +90,7 @@ def plan_summary(job: Job) -> str:
     rows += [
         ("read", show_bytes(job.bytes_in)),
         ("write", f"{show_bytes(job.bytes_out)}, in {plural(shards, 'file')} and {plural(pieces, 'piece')}{each}"),
+        *([("resumes", f"{kept} of {plural(pieces, 'piece')} {'is' if kept == 1 else 'are'} there")] if kept else []),
         ("free disk", ", ".join(_room(room, len(rooms)) for room in rooms) or "none needed"),
         ("runtime", _runtime(job)),
     ]

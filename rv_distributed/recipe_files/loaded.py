@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rv_distributed.checkpoint.uris import is_remote, join
 from rv_distributed.errors import UsageError
 from rv_distributed.plan import PlanOptions
-from rv_distributed.recipe import Recipe
+from rv_distributed.recipe import Recipe, named_out
 from rv_distributed.storage import HUB, is_hub_name
 
 
@@ -24,15 +24,7 @@ class LoadedRecipe:
 
     def outs(self, template: str) -> list[str]:
         """The name of each output. Raises UsageError when they would have the same, or hold what is not swept over."""
-        unknown = [name for name in ("alpha", "include") if f"{{{name}}}" in template and name not in self.labels[0]]
-        if unknown:
-            raise UsageError(f"--out: the recipe has no sweep of {' and '.join(unknown)}, so {template} is no name")
-        outs = []
-        for labels in self.labels:
-            out = template
-            for name, text in labels.items():
-                out = out.replace(f"{{{name}}}", text)
-            outs.append(out)
+        outs = [named_out(template, labels) for labels in self.labels]
         if len(set(outs)) < len(outs):
             wanted = "".join(f"-{{{name}}}" for name in self.labels[0])
             raise UsageError(f"--out: the recipe makes {len(outs)} outputs; write for instance --out 'out{wanted}'")

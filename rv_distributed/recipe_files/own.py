@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Final
@@ -89,6 +90,9 @@ def _sweep_misfits(document: Document, fields: RecipeFields, sweep: SweepFields)
     if sweep.alpha is not None and all(vector.alpha is not None for vector in fields.vectors):
         what = "changes nothing, since every vector states its own alpha"
         problems.append(document.problem(("sweep", "alpha"), what, "Leave one of them out."))
+    if twice := [alpha for alpha, count in Counter(sweep.alpha).items() if count > 1]:
+        what = f"holds {show_alpha(twice[0])} more than once"
+        problems.append(document.problem(("sweep", "alpha"), what, "Leave it there once."))
     for name in sweep.include or ():
         if not name or "/" in name or name.startswith("."):
             what = f"{name!r} cannot be a part of a folder's name"

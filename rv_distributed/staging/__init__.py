@@ -14,9 +14,10 @@ from rv_distributed.checkpoint.manifest import Manifest
 from rv_distributed.checkpoint.uris import is_remote
 from rv_distributed.plan import Plan
 from rv_distributed.runtime.model import SpanResult
-from rv_distributed.staging.objects import ObjectStaging, published_object, tidy_object
-from rv_distributed.staging.posix import PosixStaging, published_folder, tidy_folder
+from rv_distributed.staging.objects import ObjectStaging, noted_in_object, published_object, tidy_object
+from rv_distributed.staging.posix import PosixStaging, noted_in_folder, published_folder, tidy_folder
 from rv_distributed.staging.records import Record
+from rv_distributed.staging.unlike import unlike
 
 
 class Staging(Protocol):
@@ -89,10 +90,18 @@ def published(out: str, identity: Mapping[str, Any], *, overwrite: bool) -> Mani
     return find(out, identity, overwrite=overwrite)
 
 
+def noted(out: str, identity: Mapping[str, Any]) -> set[int]:
+    """The pieces that an unfinished run has noted as finished, by number; nothing of them is read.
+
+    Raises OutputError when that run was of another plan than ``identity`` describes.
+    """
+    return (noted_in_object if is_remote(out) else noted_in_folder)(out, identity)
+
+
 def tidy(out: str) -> None:
     """Remove what the run that published ``out`` has left beside it. The output is there: nothing that goes wrong here
     makes the run a failure, and the next one removes what is left."""
     (tidy_object if is_remote(out) else tidy_folder)(out)
 
 
-__all__ = ["Record", "Staging", "open_staging", "published", "tidy"]
+__all__ = ["Record", "Staging", "noted", "open_staging", "published", "tidy", "unlike"]

@@ -148,12 +148,20 @@ def published_object(out: str, identity: Mapping[str, Any], *, overwrite: bool) 
         if overwrite and (held is None or not place.is_published(held)):
             return None
         present = place.listed()
-        wanted = {shard.name: shard.bytes for shard in manifest.shards}
-        wanted |= {file.name: file.bytes for file in manifest.files}
-        whole = all(name in present and present[name].size == size for name, size in wanted.items())
+        whole = all(name in present and present[name].size == size for name, size in manifest.sizes.items())
         return manifest if whole else None
     except (OSError, ValueError, RecursionError, OutputError):
         return None
+
+
+def noted_in_object(out: str, identity: Mapping[str, Any]) -> set[int]:
+    """As `noted`."""
+    place = _Place(out)
+    held = place.held()
+    if held is None or place.is_published(held):
+        return set()
+    check_same(out, held, identity)
+    return {int(name.removeprefix(_RECORDS)) for name in place.listed(_RECORDS)}
 
 
 def tidy_object(out: str) -> None:

@@ -45,10 +45,12 @@ from rv_distributed.storage.publish import (
     sync,
     write_durably,
 )
+from rv_distributed.storage.replacing import unreplaceable
 
 _LOG = logging.getLogger(__name__)
 _LOCK: Final = "lock"
 _PLAN: Final = "plan.json"
+_JOURNAL: Final = "records.jsonl"
 _REPLACED: Final = "replaced"
 _READ_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 4
@@ -67,7 +69,7 @@ class PosixStaging:
         self.identity = identity
         self.work = staging_folder(self.out)
         """The place itself: a folder beside the output."""
-        self._journal_path = os.path.join(self.work, "records.jsonl")
+        self._journal_path = os.path.join(self.work, _JOURNAL)
         self._closing = ExitStack()
         try:
             make_folder(self.work)
@@ -84,6 +86,8 @@ class PosixStaging:
             self._found = _inode(self.out)
             if self._found is not None and not overwrite:
                 raise OutputError(f"{self.out} already exists. Give another --out, or --overwrite to replace it.")
+            if kept := unreplaceable(self.out):
+                raise OutputError(str(kept))
             self._held = self._claim(restart)
             self.folder = os.path.join(self.work, self._held.folder)
             make_folder(self.folder)
@@ -126,7 +130,7 @@ class PosixStaging:
 
     def finished(self, plan: Plan) -> dict[int, tuple[SpanResult, ...]]:
         """Pieces whose record is whole and whose bytes have the digests that it states."""
-        records = dict(self._records())
+        records = dict(_records(self._journal_path))
         pieces = [plan.pieces[number] for number in records if number < len(plan.pieces)]
 
         def holds(piece: Piece) -> bool:
@@ -141,13 +145,6 @@ class PosixStaging:
             told = "%s: of the pieces that an earlier run finished, %d changed since and will be made again"
             _LOG.warning(told, self.out, lost)
         return {number: records[number] for number in good}
-
-    def _records(self) -> Iterator[tuple[int, tuple[SpanResult, ...]]]:
-        with open(self._journal_path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                record = unpack_record(line)
-                if record is not None:
-                    yield record.piece, record.spans
 
     def _holds(self, plan: Plan, piece: Piece, spans: tuple[SpanResult, ...]) -> bool:
         task = task_of(plan, piece)
@@ -198,6 +195,8 @@ class PosixStaging:
                 f"{self.out} was made or replaced by something else during the run. The finished pieces are kept: "
                 "move it away, and run again."
             )
+        if kept := unreplaceable(self.out):
+            raise OutputError(f"{kept} The finished pieces are kept: run again then.")
         self._lease.check()
         # By which a run that is stopped here is known to have published.
         self._note(self._held._replace(manifest=blake3(manifest).hexdigest()))
@@ -218,10 +217,23 @@ def published_folder(out: str, identity: Mapping[str, Any], *, overwrite: bool) 
             held = _read_held(staging_folder(out))
             if held is None or not _is_published(out, held):
                 return None
-        sizes = {file.name: file.bytes for file in manifest.files} | {file.name: file.bytes for file in manifest.shards}
+        sizes = manifest.sizes
         return manifest if all(os.path.getsize(os.path.join(out, name)) == sizes[name] for name in sizes) else None
     except (OSError, ValueError, RecursionError, OutputError):
         return None
+
+
+def noted_in_folder(out: str, identity: Mapping[str, Any]) -> set[int]:
+    """As `noted`."""
+    work = staging_folder(out)
+    held = _read_held(work)
+    if held is None or not os.path.isdir(os.path.join(work, held.folder)) or _is_published(out, held):
+        return set()
+    check_same(out, held, identity)
+    try:
+        return {piece for piece, _ in _records(os.path.join(work, _JOURNAL))}
+    except FileNotFoundError:
+        return set()
 
 
 def tidy_folder(out: str) -> None:
@@ -238,6 +250,14 @@ def tidy_folder(out: str) -> None:
     with suppress(OSError):
         os.rmdir(work)
         sync(os.path.dirname(work))
+
+
+def _records(path: str) -> Iterator[tuple[int, tuple[SpanResult, ...]]]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            record = unpack_record(line)
+            if record is not None:
+                yield record.piece, record.spans
 
 
 def _read_held(work: str) -> Held | None:

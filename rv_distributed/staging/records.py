@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 
 from rv_distributed.errors import OutputError
+from rv_distributed.identity import difference
 from rv_distributed.measures import Measures
 from rv_distributed.runtime.model import SpanResult
 
@@ -76,25 +77,12 @@ def unpack_record(line: str) -> Record | None:
 def check_same(out: str, held: Held, identity: Any) -> None:
     """Raise OutputError, naming the difference, when an unfinished run at ``out`` was another."""
     if held.identity != json.loads(json.dumps(identity)):
-        difference = _difference(held.identity, identity)
         raise OutputError(
-            f"{out}: an unfinished run was begun with other inputs, options or versions ({difference}). "
+            f"{out}: an unfinished run was begun with other inputs, options or versions "
+            f"({difference(held.identity, identity) or 'the small files of an input'}). "
             "Run that command again to finish it, or give --restart to throw its pieces away."
         )
 
 
 def _check(text: str) -> str:
     return blake3(text.encode()).hexdigest(16)
-
-
-def _difference(held: Any, wanted: Any, path: str = "") -> str:
-    """The first place where two documents differ, in words."""
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        for key in [*held, *wanted]:
-            if held.get(key) != wanted.get(key):
-                return _difference(held.get(key), wanted.get(key), f"{path}.{key}" if path else key)
-    if isinstance(held, list) and isinstance(wanted, list | tuple) and len(held) == len(wanted):
-        for number, (one, other) in enumerate(zip(held, wanted, strict=True)):
-            if one != other:
-                return _difference(one, other, f"{path}[{number}]")
-    return f"{path}: then {held!r:.120}, now {wanted!r:.120}"

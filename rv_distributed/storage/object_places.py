@@ -11,13 +11,17 @@ from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.uris import is_remote, within
 from rv_distributed.errors import Problem
 from rv_distributed.storage import open_store
-from rv_distributed.storage.objects import OWN_FOLDER, patiently
+from rv_distributed.storage.objects import OWN_FOLDER, patiently, read_all
 from rv_distributed.storage.protocols import ObjectStore
+from rv_distributed.storage.replacing import strays
 from rv_distributed.storage.uris import parse_store_uri
 
 
-def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool, dry_run: bool) -> Problem | None:
-    """What is wrong with a place: it overlaps an input, holds something already, or cannot be written to.
+def object_place_problem(
+    out: str, inputs: Iterable[str], differs: str, *, overwrite: bool, dry_run: bool
+) -> Problem | None:
+    """What is wrong with a place: it overlaps an input, holds an output already, which ``differs`` as it says, or
+    something else, or cannot be written to.
 
     The last is found by writing a tiny object, which is removed again; not on a ``dry_run``, which writes nothing.
     """
@@ -32,7 +36,13 @@ def object_place_problem(out: str, inputs: Iterable[str], *, overwrite: bool, dr
         names = {found.key.removeprefix(f"{key}/") for found in patiently(lambda: list(store.list(f"{key}/")))}
         is_ours = MANIFEST_FILE in names or any(name.startswith(OWN_FOLDER) for name in names)
         if MANIFEST_FILE in names and not overwrite:
-            return Problem(out, "already exists", "Give another --out, or --overwrite to replace it.")
+            return Problem(out, f"already exists{differs}", "Give another --out, or --overwrite to replace it.")
+        if MANIFEST_FILE in names:
+            manifest = read_all(store, f"{key}/{MANIFEST_FILE}")
+            # Some tools make an empty object for each folder.
+            files = {name for name in names if not name.startswith(OWN_FOLDER) and not f"/{name}".endswith("/")}
+            if found := strays(out, files, manifest):
+                return found
         if names and not is_ours:
             return Problem(out, "holds objects that are no output of rv", "Give another --out, or remove them first.")
         if not dry_run:

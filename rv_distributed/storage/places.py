@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
-from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.model import Checkpoint
 from rv_distributed.checkpoint.uris import is_remote, within
 from rv_distributed.errors import OutputError, Problem, UsageError
 from rv_distributed.storage.object_places import object_place_problem
+from rv_distributed.storage.replacing import unreplaceable
+
+
+def place_of(out: str) -> str:
+    """The place that an output's name means: for a link, what it leads to, also where nothing is there yet.
+
+    Raises OutputError when it leads in a circle, or into a folder that does not exist.
+    """
+    if is_remote(out) or not os.path.islink(out):
+        return out
+    place = os.path.realpath(out)
+    if os.path.islink(place):
+        raise OutputError(f"{out} is a link that leads in a circle. Give another --out, or remove the link.")
+    if not os.path.isdir(os.path.dirname(place)):
+        where = f"{out} is a link to {place}, and {os.path.dirname(place)} is no folder"
+        raise OutputError(f"{where}. Make that, give another --out, or remove the link.")
+    return place
 
 
 def staging_folder(out: str) -> str:
@@ -23,10 +40,16 @@ def staging_folder(out: str) -> str:
 
 
 def place_problems(
-    outs: Sequence[str], inputs: Iterable[Checkpoint], *, overwrite: bool, dry_run: bool
+    outs: Sequence[str],
+    inputs: Iterable[Checkpoint],
+    others: Mapping[str, str],
+    *,
+    overwrite: bool,
+    dry_run: bool,
 ) -> list[Problem]:
-    """What is wrong with the places of outputs: one that exists (without ``overwrite``), is none of ours, overlaps
-    an input, or lies where nothing can be written, which a ``dry_run`` does not try out in a store.
+    """What is wrong with the places of outputs: one that exists (without ``overwrite``; ``others`` say how they
+    differ), is none of ours, overlaps an input, or lies where nothing can be written, which a ``dry_run`` does not try
+    out in a store.
 
     Raises UsageError when outputs lie in each other.
     """
@@ -38,25 +61,29 @@ def place_problems(
             raise UsageError(f"--out: {other} lies in {out}; give each alpha a folder beside the others")
     inputs = list(inputs)
     local_inputs = [checkpoint for checkpoint in inputs if not is_remote(checkpoint.uri)]
+    uris = [checkpoint.uri for checkpoint in inputs]
     found = (
-        object_place_problem(out, [checkpoint.uri for checkpoint in inputs], overwrite=overwrite, dry_run=dry_run)
+        object_place_problem(out, uris, others.get(out, ""), overwrite=overwrite, dry_run=dry_run)
         if is_remote(out)
-        else _place_problem(out, local_inputs, overwrite)
+        else _place_problem(out, local_inputs, others.get(out, ""), overwrite)
         for out in places
     )
     return [problem for problem in found if problem is not None]
 
 
-def _place_problem(out: str, inputs: Iterable[Checkpoint], overwrite: bool) -> Problem | None:
+def _place_problem(out: str, inputs: Iterable[Checkpoint], differs: str, overwrite: bool) -> Problem | None:
     for checkpoint in inputs:
         if _overlaps(out, checkpoint):
             return Problem(out, f"the output and the input {checkpoint.uri} overlap", "Give another --out.")
+    kept = unreplaceable(out)
+    if kept is not None and not overwrite:
+        return replace(kept, what=f"already exists{differs}, and {kept.what}")
     if os.path.lexists(out) and not overwrite:
-        return Problem(out, "already exists", "Give another --out, or --overwrite to replace it.")
+        return Problem(out, f"already exists{differs}", "Give another --out, or --overwrite to replace it.")
     if os.path.ismount(out):
         return Problem(out, "is a mount point, which no rename can replace", "Give a folder in it as --out.")
-    if os.path.isdir(out) and not os.path.islink(out) and os.listdir(out) and not _is_output(out):
-        return Problem(out, "is no output of rv, so --overwrite leaves it alone", "Remove it yourself first.")
+    if kept is not None:
+        return kept
     parent = _existing_parent(out)
     if not os.path.isdir(parent):
         return Problem(out, f"{parent} is no folder", "Give another --out.")
@@ -77,10 +104,6 @@ def _overlaps(out: str, checkpoint: Checkpoint) -> bool:
 
 def _holds(folder: str, path: str) -> bool:
     return os.path.commonpath([folder, path]) == folder
-
-
-def _is_output(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, MANIFEST_FILE))
 
 
 def _existing_parent(path: str) -> str:

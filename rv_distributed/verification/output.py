@@ -45,9 +45,7 @@ def verify(uri: str, *, quick: bool = False, progress: VerifyProgress | None = N
     """
     folder, manifest, findings = open_output(uri)
     sizes = {file.name: file.size for file in folder.files()}
-    expected = {shard.name: shard.bytes for shard in manifest.shards} | {
-        file.name: file.bytes for file in manifest.files
-    }
+    expected = manifest.sizes
     for name, nbytes in expected.items():
         if name not in sizes:
             findings.append(Finding(name, "is missing"))

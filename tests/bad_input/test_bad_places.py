@@ -33,7 +33,9 @@ def test_an_output_and_an_input_that_overlap_are_refused(
         "through a link": tmp_path / "link" / role / "deep" / "out",
         "around through a link": tmp_path / "link",
     }[place]
-    told = f"rv: {out}: the output and the input {models / 'target' if 'around' in place else models / role} overlap. "
+    meant = models if place == "around through a link" else out
+    held = models / "target" if "around" in place else models / role
+    told = f"rv: {meant}: the output and the input {held} overlap. "
     assert_refused(tmp_path, transfer(models, out, *more), told + "Give another --out.")
 
 
@@ -66,7 +68,7 @@ def test_a_folder_that_is_no_output_of_ours_is_left_alone(tmp_path: Path) -> Non
     models = make_models(tmp_path / "models")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
-    told = f"{tmp_path / 'out'}: is no output of rv, so --overwrite leaves it alone. Remove it yourself first."
+    told = f"{tmp_path / 'out'}: is no output of rv, so --overwrite leaves it alone. Give another --out, or move it"
     assert_refused(tmp_path, transfer(models, tmp_path / "out", "--overwrite"), told)
 
 

@@ -167,6 +167,8 @@ def test_bad_input_is_reported_whole_with_status_2_and_nothing_written(models: P
         (["--alpha", "much"], "not a number"),
         (["--alpha", "inf"], "not a finite float32"),
         (["--alpha", "0.5,0.7"], "{alpha}"),
+        (["--alpha", "0.5,1,0.50"], "--alpha: 0.5 and 0.50 are the same number; give it once"),
+        (["--alpha", "0.5", "--alpha", "0.5"], "--alpha: 0.5 and 0.5 are the same number; give it once"),
         (["--max-shard-size", "big"], "--max-shard-size"),
         (["--memory-budget", "1kB"], "--memory-budget"),
         (["--include", "("], "not a regular expression"),
@@ -187,6 +189,30 @@ def test_bad_arguments_exit_with_2_and_say_why(models: Path, tmp_path: Path, mor
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vector_whose_name_reads_like_an_alpha_is_found(models: Path, tmp_path: Path) -> None:
+    vector = tmp_path / "sp ace" / "v=0.5"
+    inputs = ("--donor", models / "donor", "--reference", models / "reference")
+    assert rv("extract", *inputs, "--out", vector).returncode == 0
+    args = ("apply", "--target", models / "target", "--out", tmp_path / "out", "--dry-run", "--vector")
+    assert "O = T + 1·V1" in rv(*args, vector).stdout
+    assert "O = T + 0.25·V1" in rv(*args, f"{vector}=0.25").stdout
+
+
+@pytest.mark.parametrize("name", ["{alfa}", "{}", "{alpha:.2f}"])
+def test_a_name_in_braces_that_stands_for_nothing_is_refused(models: Path, tmp_path: Path, name: str) -> None:
+    done = rv(*transfer_of(models, tmp_path / f"e1-{name}"))
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert f"--out: {name} stands for nothing here, only {{alpha}}" in done.stderr
+
+
+def test_an_extract_has_no_alpha_to_name_its_output_by(models: Path, tmp_path: Path) -> None:
+    done = rv(
+        "extract", "--donor", models / "donor", "--reference", models / "reference", "--out", tmp_path / "{alpha}"
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert "--out: {alpha} stands for nothing here" in done.stderr
 
 
 def test_a_uri_with_options_may_have_an_alpha(models: Path, tmp_path: Path) -> None:

@@ -97,9 +97,11 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert loaded.outs("o-{alpha}-{include}") == ["o-0.5-late", "o-0.5-all", "o-1-late", "o-1-all"]
     with pytest.raises(UsageError, match=r"out-\{alpha\}-\{include\}"):
         loaded.outs("o-{alpha}")
+    with pytest.raises(UsageError, match=r"\{alfa\} stands for nothing here, only \{alpha\} and \{include\}"):
+        loaded.outs("o-{alfa}-{include}")
     single = load_recipe(write(tmp_path, "target: t\nvectors: [{vector: a}]"))
     assert single.outs("o") == ["o"]
-    with pytest.raises(UsageError, match="no sweep of alpha and include"):
+    with pytest.raises(UsageError, match=r"--out: \{alpha\} stands for nothing here"):
         single.outs("o-{alpha}-{include}")
 
 
@@ -150,6 +152,10 @@ def test_the_operation_follows_from_the_fields(tmp_path: Path, text: str, operat
         ("operation: linear\ntarget: t\nvectors: [{model: a}]", [(1, "linear has no target")]),
         ("target: t\nvectors: [{vector: a, alpha: 1}]\nsweep: {alpha: [1]}", [(3, "sweep.alpha: changes nothing")]),
         ("vectors: [{donor: a, reference: b}]\nsweep:\n  alpha: [1]", [(3, "sweep: goes with a target only")]),
+        (
+            "target: t\nvectors: [{vector: a}]\nsweep:\n  alpha: [1, .5, 0.50]",
+            [(4, "sweep.alpha: holds 0.5 more than")],
+        ),
         ("target: t\nvectors: [{vector: a}]\nsweep:\n  include: {a/b: x}", [(4, "sweep.include.a/b: 'a/b' cannot be")]),
         ("target: t\nvectors: [{vector: a}]\nseed: 3", [(1, "--seed 3 changes nothing")]),
     ],

@@ -77,9 +77,17 @@ def test_another_command_is_refused_until_it_restarts(s3: StoreServer, in_s3: st
     with failing_run(s3, in_s3, out):
         pass
     other = [*transfer(s3, in_s3, out), "--exclude", "norm"]
+    # The second shard may fail before the first one is finished.
+    is_noted = ".rv/records/000000" in keys_below(out)
+    planned = run_rv(*transfer(s3, in_s3, out), "--dry-run").stdout
+    assert ("resumes  1 of 2 pieces is there" in planned) == is_noted
+    assert run_rv(*other, "--dry-run").status == 2
     refused = run_rv(*other)
     assert refused.status == 2
-    assert "an unfinished run was begun with other inputs, options or versions (options.exclude" in refused.stderr
+    assert (
+        "an unfinished run was begun with other inputs, options or versions (--exclude: then not given, now norm)"
+        in refused.stderr
+    )
     assert run_rv(*other, "--restart").status == 0
 
 
@@ -89,7 +97,16 @@ def test_an_output_is_replaced_whole(s3: StoreServer, in_s3: str, out: str, want
     assert "model.safetensors" in keys_below(out)
     refused = run_rv(*transfer(s3, in_s3, out))
     assert refused.status == 2
-    assert "already exists" in refused.stderr
+    assert "already exists, made with other" in refused.stderr
+    assert "(--max-shard-size: then 1000000000, now " in refused.stderr
+    store, key = open_store(out)
+    store.put(f"{key}/mine/notes.txt", b"precious")
+    store.put(f"{key}/mine/", b"")
+    refused = run_rv(*transfer(s3, in_s3, out, "--overwrite"))
+    assert refused.status == 2
+    assert "--overwrite would delete: mine/notes.txt. Move that away" in refused.stderr
+    assert "mine/notes.txt" in keys_below(out)
+    store.delete([f"{key}/mine/notes.txt"])
     done = run_rv(*transfer(s3, in_s3, out, "--overwrite"))
     assert done.status == 0, done.stderr
     assert comparable(content_of(out)) == wanted
