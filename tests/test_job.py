@@ -196,11 +196,10 @@ def test_the_formula_is_written_as_people_write_it(inputs: Inputs, tmp_path: Pat
     assert formula in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_run_has_the_buffers_that_fit_its_workers_not_those_that_were_expected(
-    inputs: Inputs, tmp_path: Path
-) -> None:
-    for role in inputs:
-        write_checkpoint(Path(role), {"x": weights(np.random.default_rng(68), "BF16", (2000, 2000))})
+def test_a_run_has_the_buffers_that_fit_its_workers_not_those_that_were_expected(tmp_path: Path) -> None:
+    rng = np.random.default_rng(68)
+    many = (write_checkpoint(tmp_path / name, {"x": weights(rng, "BF16", (2000, 2000))}) for name in "tab")
+    inputs = Inputs(*many)
     options = rv.PlanOptions(piece_bytes=1 << 20)
     job = rv.prepare(inputs.recipe(0.5), [str(tmp_path / "out")], options, rv.RunOptions(runtime="ray"))
     expected, found = job._worker_config([], WorkerShape(1, False)), job._worker_config([], WorkerShape(4, True))
