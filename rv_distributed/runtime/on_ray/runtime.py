@@ -7,8 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as OutOfTime
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -136,7 +135,7 @@ class RayRuntime:
             raise self._unreached(error) from error
         try:
             _in_thread(lambda: ray.init(address=self._address, **common))
-        except OutOfTime as error:
+        except _NoAnswer as error:
             raise self._unreached(f"it did not answer within {_CLUSTER_TIMEOUT_S:.0f} s. {_TOKENS}") from error
         except RayError as error:
             raise self._unreached(error) from error
@@ -148,16 +147,28 @@ class RayRuntime:
         return UsageError(f"no Ray cluster could be reached at {where}: {redacted(str(why))}")
 
 
+class _NoAnswer(Exception):
+    """A cluster did not answer in time."""
+
+
 def _ask_port(address: str) -> None:
     """Raise OSError when nothing listens at ``host:port`` or ``ray://host:port``; what ``auto`` finds Ray can say."""
     place = urlsplit(address if "://" in address else f"//{address}")
-    if place.hostname is not None and place.port is not None:
-        socket.create_connection((place.hostname, place.port), _PORT_TIMEOUT_S).close()
+    try:
+        port = place.port
+    except ValueError as error:
+        raise ValueError(f"{error}; write an IPv6 address in brackets, [fd00::1]:6379") from error
+    if place.hostname is not None and port is not None:
+        socket.create_connection((place.hostname, port), _PORT_TIMEOUT_S).close()
 
 
 def _in_thread(connect: Callable[[], object]) -> None:
-    """Call ``connect``, and wait for it where signals are heard: Python hears none while Ray's C++ tries to connect."""
-    done: Future[None] = Future()
+    """Call ``connect``, and wait for it where signals are heard: Python hears none while Ray's C++ tries to connect.
+
+    Raises what it raises, and _NoAnswer when it takes too long: then what it connects to is left as soon as it has.
+    """
+    done: futures.Future[None] = futures.Future()
+    given_up = threading.Event()
 
     def call() -> None:
         try:
@@ -165,9 +176,19 @@ def _in_thread(connect: Callable[[], object]) -> None:
             done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
+        else:
+            if given_up.is_set():
+                ray.shutdown()
 
     threading.Thread(target=call, name="rv-connect", daemon=True).start()
-    done.result(_CLUSTER_TIMEOUT_S)
+    try:
+        # Not with `Future.result`: its TimeoutError may as well be one of Ray's.
+        if not futures.wait([done], _CLUSTER_TIMEOUT_S).done:
+            raise _NoAnswer
+    except BaseException:
+        given_up.set()
+        raise
+    done.result()
 
 
 def _resource(name: str) -> int:
