@@ -17,7 +17,8 @@ from rv_distributed.kernels.jit.arithmetic import (
 from rv_distributed.kernels.jit.chance import fill_noise, narrow_by_chance
 from rv_distributed.kernels.jit.common import DOUBLE, U32, WIDTHS, Array, aligned, copy, fill
 from rv_distributed.kernels.jit.convert import narrow, widen
-from rv_distributed.kernels.jit.measure import add_sums_of_values, count_inexact, measure
+from rv_distributed.kernels.jit.measure import count_inexact, measure
+from rv_distributed.kernels.jit.sums import add_sums_of_values
 from rv_distributed.kernels.strips import INEXACT, NO_TENSOR, NOTHING, STRIP
 
 
