@@ -13,12 +13,12 @@ from schemas import check
 import rv_distributed as rv
 
 
+def stop(_: rv.Progress) -> None:
+    raise KeyboardInterrupt
+
+
 def stopped(models: Path, out: Path) -> None:
     """A run with alpha 0.7 that is stopped when its only piece is finished."""
-
-    def stop(_: rv.Progress) -> None:
-        raise KeyboardInterrupt
-
     target, donor, reference = (str(models / role) for role in ROLES)
     how = rv.RunOptions(runtime="local")
     with pytest.raises(KeyboardInterrupt):
@@ -44,6 +44,37 @@ def test_another_command_on_an_unfinished_run(tmp_path: Path, what: str) -> None
     for how in ("--quiet", "--dry-run"):
         assert_refused(tmp_path, transfer(models, out, *more, how), wanted)
     assert run_rv(*transfer(models, out, *more, "--dry-run", "--restart")).status == 0
+
+
+RECIPES = {
+    "alpha": ("    alpha: [{match: up, alpha: 0.3}, {alpha: 0.1}]\n", "0.3", "0.5", "an alpha"),
+    "sweep": ("sweep: {include: {some: up}}\n", "up", "up|embed", "an alpha"),
+    "scale": ("operation: task_arithmetic\nscale: [{match: up, alpha: 0.3}, {alpha: 1}]\n", "0.3", "0.5", "scale"),
+}
+"""What a recipe says of its vector, what changes in it, and what is told to differ by tensor."""
+
+
+def recipe(models: Path, more: str) -> str:
+    vector = f"  - donor: {models / 'donor'}\n    reference: {models / 'reference'}\n"
+    (models / "recipe.yaml").write_text(f"target: {models / 'target'}\nvectors:\n{vector}{more}")
+    return str(models / "recipe.yaml")
+
+
+@pytest.mark.parametrize("what", RECIPES)
+def test_what_depends_on_the_tensor_is_not_blamed_on_the_inputs(tmp_path: Path, what: str) -> None:
+    models, out = make_models(tmp_path / "models"), tmp_path / "out"
+    text, then, now, told = RECIPES[what]
+    how = rv.RunOptions(runtime="local")
+    with pytest.raises(KeyboardInterrupt):
+        rv.run(recipe(models, text), str(out), run_options=how, progress=stop)
+    where = ("--out", out, "--runtime", "local", "--quiet")
+    command: list[str | Path] = ["run", recipe(models, text.replace(then, now)), *where]
+    assert_refused(tmp_path, command, f"({told} by tensor, or the small files of an input). Run")
+    rv.run(recipe(models, text), str(out), run_options=how)
+    recipe(models, text.replace(then, now))
+    assert_refused(tmp_path, command, f"({told} by tensor, or other files of an input). Give")
+    os.utime(models / "donor" / TWO, (2**32, 2**32))
+    assert_refused(tmp_path, command, f"({told} by tensor, or {models / 'donor' / TWO} was written since). Give")
 
 
 def test_a_dry_run_says_what_the_run_would_keep(tmp_path: Path) -> None:
