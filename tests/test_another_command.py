@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -136,6 +137,15 @@ def test_a_file_of_an_input_that_was_written_since(made: tuple[Path, Path]) -> N
     os.utime(file, (2**32, 2**32))
     assert_told(*made, f"made with other inputs, options or versions ({file} was written since)")
     os.utime(file, (0, 0))
+    assert_told(*made, "made with other inputs, options or versions (other files of an input)")
+
+
+@pytest.mark.parametrize("created", ["yesterday", "0001-01-01T00:00:00"])
+def test_a_manifest_that_tells_no_time(made: tuple[Path, Path], created: str) -> None:
+    models, out = made
+    manifest = json.loads((out / "rv_manifest.json").read_text())
+    (out / "rv_manifest.json").write_text(json.dumps({**manifest, "created": created}))
+    os.utime(models / "reference" / TWO, (2**32, 2**32))
     assert_told(*made, "made with other inputs, options or versions (other files of an input)")
 
 

@@ -38,7 +38,10 @@ def unlike(out: str, identity: Mapping[str, Any]) -> str:
 
 def _written_since(manifest: Manifest, identity: Mapping[str, Any]) -> Iterator[str]:
     """Files of the inputs that are newer than the output. It does not tell their states, only a digest of all."""
-    made = datetime.fromisoformat(manifest.created).timestamp() + 1  # it is told in whole seconds
+    try:
+        made = datetime.fromisoformat(manifest.created).timestamp() + 1  # it is told in whole seconds
+    except (ValueError, OverflowError):
+        return  # any text may stand there
     for item in identity["inputs"].values():
         for path in (join(item["uri"], name) for name in item["files"] if not is_remote(item["uri"])):
             with suppress(OSError):
