@@ -43,6 +43,7 @@ STRAYS: dict[str, tuple[Spoil, str]] = {
     "a link": (lambda out: (out / "data").symlink_to(out.parent), "data. Move"),
     "another output": (lambda out: shutil.copytree(out, out.parent / "b").rename(out / "b"), "b/README.md, b/config"),
     "version control": (put(".git/HEAD"), ".git/HEAD. Move"),
+    "a hidden file": (put(".env"), ".env. Move"),
     "many files": (many, "a, b, c and 2 more. Move"),
 }
 
@@ -65,7 +66,20 @@ def test_an_output_whose_manifest_is_broken_is_not_overwritten(tmp_path: Path) -
     assert_refused(tmp_path, transfer(models, out, "--overwrite"), told)
 
 
-@pytest.mark.parametrize("name", ["", ".cache/huggingface/x", "code/__pycache__/x.pyc"], ids=str)
+IGNORED = [
+    "",
+    ".cache/huggingface/x",
+    "code/__pycache__/x.pyc",
+    ".ipynb_checkpoints/config-checkpoint.json",
+    ".DS_Store",
+    "code/._config.json",
+    "Thumbs.db",
+    "desktop.ini",
+    ".nfs0000000000a1b2c300000001",
+]
+
+
+@pytest.mark.parametrize("name", IGNORED, ids=str)
 def test_what_is_ours_or_a_cache_is_replaced(tmp_path: Path, name: str) -> None:
     models, out = make_models(tmp_path / "models"), tmp_path / "out"
     assert run_rv(*transfer(models, out)).status == 0
