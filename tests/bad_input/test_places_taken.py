@@ -143,4 +143,13 @@ def test_a_link_that_leads_to_no_place_is_refused(tmp_path: Path, what: str) -> 
     (tmp_path / "models" / "thesis.tex").write_text("")
     to, told = LINKS[what]
     (tmp_path / "out").symlink_to(to)
-    assert_refused(tmp_path, transfer(models, tmp_path / "out", "--overwrite"), told.format(tmp_path))
+    for more in ((), ("--dry-run",), ("--restart",)):
+        assert_refused(tmp_path, transfer(models, tmp_path / "out", "--overwrite", *more), told.format(tmp_path))
+
+
+def test_a_link_to_no_place_is_told_with_the_rest(tmp_path: Path) -> None:
+    models, link = make_models(tmp_path / "models"), tmp_path / "out"
+    link.symlink_to("gone/run1")
+    shutil.rmtree(models / "donor")
+    told = (f"{models / 'donor'}: does not exist", f"{link}: is a link to {tmp_path / 'gone' / 'run1'}, and ")
+    assert_refused(tmp_path, transfer(models, link), *told)
