@@ -69,10 +69,14 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
     return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first difference between two identities, in words: what was asked for, before what follows from it; empty
-    where it lies in nothing that has a name."""
-    return next(_differences(then, now), "")
+def difference(then: Mapping[str, Any], now: Mapping[str, Any], otherwise: str) -> str:
+    """The first difference between two identities, in words: what was asked for, before what follows from it. Where it
+    lies in nothing that has a name, it is ``otherwise``, or what depends on the tensor, of which a digest tells."""
+    by_tensor = ["an alpha"] if None in now["alphas"] else []
+    if now["options"].get("scale") == "by tensor":
+        by_tensor.append("scale")
+    unnamed = f"{' or '.join(by_tensor)} by tensor, or {otherwise}" if by_tensor else otherwise
+    return next(_differences(then, now), unnamed)
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

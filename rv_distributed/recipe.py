@@ -7,6 +7,7 @@ once the checkpoints are open.
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -232,13 +233,16 @@ def check_pattern(pattern: str) -> None:
 
 def named_out(template: str, labels: Mapping[str, str]) -> str:
     """The name of an output: ``template`` with what ``labels`` has for each ``{name}`` in it. Raises UsageError for a
-    name that they do not have."""
+    name that they do not have, but in a folder that exists: that is called so."""
 
     def label(found: re.Match[str]) -> str:
-        if found[1] not in labels:
-            known = " and ".join(f"{{{name}}}" for name in labels)
-            raise UsageError(f"--out: {found[0]} stands for nothing here{f', only {known}' if known else ''}")
-        return labels[found[1]]
+        if found[1] in labels:
+            return labels[found[1]]
+        if os.path.isdir(template[: found.end()] + template[found.end() :].partition("/")[0]):
+            return found[0]
+        known = " and ".join(f"{{{name}}}" for name in labels)
+        what = f"{found[0]} stands for nothing here{f', only {known}' if known else ''}"
+        raise UsageError(f"--out: {what}. Only a folder that exists may have braces in its name.")
 
     return _PLACEHOLDER.sub(label, template)
 

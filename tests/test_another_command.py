@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +14,12 @@ from schemas import check
 import rv_distributed as rv
 
 
+def stop(_: rv.Progress) -> None:
+    raise KeyboardInterrupt
+
+
 def stopped(models: Path, out: Path) -> None:
     """A run with alpha 0.7 that is stopped when its only piece is finished."""
-
-    def stop(_: rv.Progress) -> None:
-        raise KeyboardInterrupt
-
     target, donor, reference = (str(models / role) for role in ROLES)
     how = rv.RunOptions(runtime="local")
     with pytest.raises(KeyboardInterrupt):
@@ -44,6 +45,37 @@ def test_another_command_on_an_unfinished_run(tmp_path: Path, what: str) -> None
     for how in ("--quiet", "--dry-run"):
         assert_refused(tmp_path, transfer(models, out, *more, how), wanted)
     assert run_rv(*transfer(models, out, *more, "--dry-run", "--restart")).status == 0
+
+
+RECIPES = {
+    "alpha": ("    alpha: [{match: up, alpha: 0.3}, {alpha: 0.1}]\n", "0.3", "0.5", "an alpha"),
+    "sweep": ("sweep: {include: {some: up}}\n", "up", "up|embed", "an alpha"),
+    "scale": ("operation: task_arithmetic\nscale: [{match: up, alpha: 0.3}, {alpha: 1}]\n", "0.3", "0.5", "scale"),
+}
+"""What a recipe says of its vector, what changes in it, and what is told to differ by tensor."""
+
+
+def recipe(models: Path, more: str) -> str:
+    vector = f"  - donor: {models / 'donor'}\n    reference: {models / 'reference'}\n"
+    (models / "recipe.yaml").write_text(f"target: {models / 'target'}\nvectors:\n{vector}{more}")
+    return str(models / "recipe.yaml")
+
+
+@pytest.mark.parametrize("what", RECIPES)
+def test_what_depends_on_the_tensor_is_not_blamed_on_the_inputs(tmp_path: Path, what: str) -> None:
+    models, out = make_models(tmp_path / "models"), tmp_path / "out"
+    text, then, now, told = RECIPES[what]
+    how = rv.RunOptions(runtime="local")
+    with pytest.raises(KeyboardInterrupt):
+        rv.run(recipe(models, text), str(out), run_options=how, progress=stop)
+    where = ("--out", out, "--runtime", "local", "--quiet")
+    command: list[str | Path] = ["run", recipe(models, text.replace(then, now)), *where]
+    assert_refused(tmp_path, command, f"({told} by tensor, or the small files of an input). Run")
+    rv.run(recipe(models, text), str(out), run_options=how)
+    recipe(models, text.replace(then, now))
+    assert_refused(tmp_path, command, f"({told} by tensor, or other files of an input). Give")
+    os.utime(models / "donor" / TWO, (2**32, 2**32))
+    assert_refused(tmp_path, command, f"({told} by tensor, or {models / 'donor' / TWO} was written since). Give")
 
 
 def test_a_dry_run_says_what_the_run_would_keep(tmp_path: Path) -> None:
@@ -105,6 +137,15 @@ def test_a_file_of_an_input_that_was_written_since(made: tuple[Path, Path]) -> N
     os.utime(file, (2**32, 2**32))
     assert_told(*made, f"made with other inputs, options or versions ({file} was written since)")
     os.utime(file, (0, 0))
+    assert_told(*made, "made with other inputs, options or versions (other files of an input)")
+
+
+@pytest.mark.parametrize("created", ["yesterday", "0001-01-01T00:00:00"])
+def test_a_manifest_that_tells_no_time(made: tuple[Path, Path], created: str) -> None:
+    models, out = made
+    manifest = json.loads((out / "rv_manifest.json").read_text())
+    (out / "rv_manifest.json").write_text(json.dumps({**manifest, "created": created}))
+    os.utime(models / "reference" / TWO, (2**32, 2**32))
     assert_told(*made, "made with other inputs, options or versions (other files of an input)")
 
 

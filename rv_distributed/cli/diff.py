@@ -111,7 +111,9 @@ def _text(found: Diff) -> list[str]:
         ]
     if total.nonfinite:
         nonfinite = [f"{one.name} ({one.sums.nonfinite})" for one in found.tensors if one.sums.nonfinite]
-        what = f"{plural(total.nonfinite, 'element')} NaN or infinite in A or B, which leaves no norms: "
+        what = (
+            f"{plural(total.nonfinite, 'element')} NaN or infinite in A, B or their difference, which leaves no norms: "
+        )
         lines.append(what + _listed(nonfinite))
     dtypes = [f"{one.name} {one.a_dtype} and {one.b_dtype}" for one in found.tensors if one.a_dtype != one.b_dtype]
     lists = {

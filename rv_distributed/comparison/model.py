@@ -21,7 +21,7 @@ class Sums:
     differing: int = 0
     """Elements whose value in A is not that in B."""
     nonfinite: int = 0
-    """Elements that are NaN or infinite in A or B. 0 where bytes are compared."""
+    """Elements that are NaN or infinite in A, in B, or in A − B, which may overflow. 0 where bytes are compared."""
     d_sq: float = 0.0
     """Σ (a − b)²."""
     b_sq: float = 0.0

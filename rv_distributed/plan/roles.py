@@ -17,7 +17,8 @@ _INSTEAD: Final[Mapping[Role, str]] = {
     "vector": "Give what rv extract wrote as --vector; or the model as --donor with its --reference to rv transfer.",
     "donor": "Give it as --vector to rv apply.",
     "reference": "Give as --reference the model that the donor began as, or the vector alone as --vector to rv apply.",
-    "target": "Give a model as --target, and the vector as --vector to rv apply.",
+    "target": "Give a model as --target, and the vector as --vector to rv apply; to add vectors up, write "
+    "a recipe for rv run, with `model:` for each of them and no `target:`.",
 }
 
 

@@ -79,7 +79,7 @@ def check_same(out: str, held: Held, identity: Any) -> None:
     if held.identity != json.loads(json.dumps(identity)):
         raise OutputError(
             f"{out}: an unfinished run was begun with other inputs, options or versions "
-            f"({difference(held.identity, identity) or 'the small files of an input'}). "
+            f"({difference(held.identity, identity, 'the small files of an input')}). "
             "Run that command again to finish it, or give --restart to throw its pieces away."
         )
 

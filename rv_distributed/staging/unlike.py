@@ -26,8 +26,9 @@ def unlike(out: str, identity: Mapping[str, Any]) -> str:
     except (OSError, ValueError, RecursionError, RvError):
         return ""
     if manifest.identity != identity_digest(identity):
-        told = difference(identity_in(manifest, identity), identity) or next(_written_since(manifest, identity), "")
-        return f", made with other inputs, options or versions ({told or 'other files of an input'})"
+        otherwise = next(_written_since(manifest, identity), "other files of an input")
+        told = difference(identity_in(manifest, identity), identity, otherwise)
+        return f", made with other inputs, options or versions ({told})"
     for name, nbytes in manifest.sizes.items():
         if sizes.get(name) != nbytes:
             what = f"has {sizes[name]} bytes instead of {nbytes}" if name in sizes else "is missing"
@@ -37,7 +38,10 @@ def unlike(out: str, identity: Mapping[str, Any]) -> str:
 
 def _written_since(manifest: Manifest, identity: Mapping[str, Any]) -> Iterator[str]:
     """Files of the inputs that are newer than the output. It does not tell their states, only a digest of all."""
-    made = datetime.fromisoformat(manifest.created).timestamp() + 1  # it is told in whole seconds
+    try:
+        made = datetime.fromisoformat(manifest.created).timestamp() + 1  # it is told in whole seconds
+    except (ValueError, OverflowError):
+        return  # any text may stand there
     for item in identity["inputs"].values():
         for path in (join(item["uri"], name) for name in item["files"] if not is_remote(item["uri"])):
             with suppress(OSError):

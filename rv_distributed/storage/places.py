@@ -18,19 +18,11 @@ from rv_distributed.storage.replacing import unreplaceable
 
 
 def place_of(out: str) -> str:
-    """The place that an output's name means: for a link, what it leads to, also where nothing is there yet.
-
-    Raises OutputError when it leads in a circle, or into a folder that does not exist.
-    """
-    if is_remote(out) or not os.path.islink(out):
+    """The place that an output's name means: for a link, what it leads to, also where nothing is there yet. A link that
+    leads to no place stays as it is, which `place_problems` tells."""
+    if is_remote(out) or not os.path.islink(out) or _link_problem(out):
         return out
-    place = os.path.realpath(out)
-    if os.path.islink(place):
-        raise OutputError(f"{out} is a link that leads in a circle. Give another --out, or remove the link.")
-    if not os.path.isdir(os.path.dirname(place)):
-        where = f"{out} is a link to {place}, and {os.path.dirname(place)} is no folder"
-        raise OutputError(f"{where}. Make that, give another --out, or remove the link.")
-    return place
+    return os.path.realpath(out)
 
 
 def staging_folder(out: str) -> str:
@@ -47,9 +39,9 @@ def place_problems(
     overwrite: bool,
     dry_run: bool,
 ) -> list[Problem]:
-    """What is wrong with the places of outputs: one that exists (without ``overwrite``; ``others`` say how they
-    differ), is none of ours, overlaps an input, or lies where nothing can be written, which a ``dry_run`` does not try
-    out in a store.
+    """What is wrong with the places of outputs: one that is a link to no place, exists (without ``overwrite``;
+    ``others`` say how they differ), is none of ours, overlaps an input, or lies where nothing can be written, which a
+    ``dry_run`` does not try out in a store.
 
     Raises UsageError when outputs lie in each other.
     """
@@ -71,7 +63,22 @@ def place_problems(
     return [problem for problem in found if problem is not None]
 
 
+def _link_problem(out: str) -> Problem | None:
+    """Why ``out``, if it is a link, leads to no place: in a circle, or into a folder that does not exist."""
+    if not os.path.islink(out):
+        return None
+    place = os.path.realpath(out)
+    if os.path.islink(place):
+        return Problem(out, "is a link that leads in a circle", "Give another --out, or remove the link.")
+    if not os.path.isdir(os.path.dirname(place)):
+        what = f"is a link to {place}, and {os.path.dirname(place)} is no folder"
+        return Problem(out, what, "Make that, give another --out, or remove the link.")
+    return None
+
+
 def _place_problem(out: str, inputs: Iterable[Checkpoint], differs: str, overwrite: bool) -> Problem | None:
+    if nowhere := _link_problem(out):
+        return nowhere
     for checkpoint in inputs:
         if _overlaps(out, checkpoint):
             return Problem(out, f"the output and the input {checkpoint.uri} overlap", "Give another --out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
@@ -10,8 +11,10 @@ from rv_distributed.checkpoint.manifest import MANIFEST_FILE, ManifestError, nam
 from rv_distributed.errors import Problem
 
 _REMEDY: Final = "Give another --out, or move it away yourself."
-#: What libraries leave beside the files that they load or push.
-_CACHES: Final = ("__pycache__", ".cache")
+#: Folders that libraries and notebooks leave beside the files that they load, push or show.
+_CACHES: Final = ("__pycache__", ".cache", ".ipynb_checkpoints")
+#: Files that macOS, Windows and NFS make in any folder by themselves.
+_OF_SYSTEMS: Final = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*", re.DOTALL)
 
 
 def unreplaceable(out: str) -> Problem | None:
@@ -47,10 +50,11 @@ def strays(out: str, names: Collection[str], manifest: bytes) -> Problem | None:
 
 
 def _names(folder: str) -> Iterator[str]:
-    """All files and links below a folder, without those in caches. Raises OSError."""
+    """All files and links below a folder, without caches and what systems put there. Raises OSError."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
-                yield entry.name
+                if not _OF_SYSTEMS.fullmatch(entry.name):
+                    yield entry.name
             elif entry.name not in _CACHES:
                 yield from (f"{entry.name}/{name}" for name in _names(entry.path))

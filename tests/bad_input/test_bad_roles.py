@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from refusal import assert_refused, make_models, run_rv, transfer
+from safetensors.numpy import load_file
 from triples import ok
 
 import rv_distributed as rv
@@ -74,6 +76,20 @@ def test_a_vector_that_no_output_gets_may_be_anything(tmp_path: Path) -> None:
     vectors = ("--vector", f"{models / 'vector'}=0.5", "--vector", f"{models / 'model'}=0")
     done = ok("apply", "--target", models / "target", *vectors, "--out", models / "out", "--runtime", "local")
     assert done.stderr == ""
+
+
+def test_a_vector_is_added_to_another_as_the_refusal_says(tmp_path: Path) -> None:
+    models = made(tmp_path)
+    one, other, total = models / "vector", models / "other", models / "sum"
+    ok("extract", "--donor", models / "target", "--reference", models / "donor", "--out", other, "--runtime", "local")
+    args: list[str | Path] = ["apply", "--target", one, "--vector", f"{other}=0.5", "--out", total]
+    told = "to add vectors up, write a recipe for rv run, with `model:` for each of them and no `target:`."
+    assert_refused(models, args, (f"{one}: is given as the target", told))
+    (models / "sum.yaml").write_text("vectors: [{model: vector}, {model: other, alpha: 0.5}]")
+    ok("run", models / "sum.yaml", "--out", total, "--runtime", "local")
+    v, w, both = (load_file(folder / "model.safetensors") for folder in (one, other, total))
+    for name, values in both.items():
+        np.testing.assert_allclose(values, v[name] + np.float32(0.5) * w[name], rtol=1e-5, atol=1e-7)
 
 
 def test_vectors_may_be_summed(tmp_path: Path) -> None:

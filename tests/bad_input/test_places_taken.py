@@ -43,6 +43,7 @@ STRAYS: dict[str, tuple[Spoil, str]] = {
     "a link": (lambda out: (out / "data").symlink_to(out.parent), "data. Move"),
     "another output": (lambda out: shutil.copytree(out, out.parent / "b").rename(out / "b"), "b/README.md, b/config"),
     "version control": (put(".git/HEAD"), ".git/HEAD. Move"),
+    "a hidden file": (put(".env"), ".env. Move"),
     "many files": (many, "a, b, c and 2 more. Move"),
 }
 
@@ -65,7 +66,20 @@ def test_an_output_whose_manifest_is_broken_is_not_overwritten(tmp_path: Path) -
     assert_refused(tmp_path, transfer(models, out, "--overwrite"), told)
 
 
-@pytest.mark.parametrize("name", ["", ".cache/huggingface/x", "code/__pycache__/x.pyc"], ids=str)
+IGNORED = [
+    "",
+    ".cache/huggingface/x",
+    "code/__pycache__/x.pyc",
+    ".ipynb_checkpoints/config-checkpoint.json",
+    ".DS_Store",
+    "code/._config.json",
+    "Thumbs.db",
+    "desktop.ini",
+    ".nfs0000000000a1b2c300000001",
+]
+
+
+@pytest.mark.parametrize("name", IGNORED, ids=str)
 def test_what_is_ours_or_a_cache_is_replaced(tmp_path: Path, name: str) -> None:
     models, out = make_models(tmp_path / "models"), tmp_path / "out"
     assert run_rv(*transfer(models, out)).status == 0
@@ -129,4 +143,13 @@ def test_a_link_that_leads_to_no_place_is_refused(tmp_path: Path, what: str) -> 
     (tmp_path / "models" / "thesis.tex").write_text("")
     to, told = LINKS[what]
     (tmp_path / "out").symlink_to(to)
-    assert_refused(tmp_path, transfer(models, tmp_path / "out", "--overwrite"), told.format(tmp_path))
+    for more in ((), ("--dry-run",), ("--restart",)):
+        assert_refused(tmp_path, transfer(models, tmp_path / "out", "--overwrite", *more), told.format(tmp_path))
+
+
+def test_a_link_to_no_place_is_told_with_the_rest(tmp_path: Path) -> None:
+    models, link = make_models(tmp_path / "models"), tmp_path / "out"
+    link.symlink_to("gone/run1")
+    shutil.rmtree(models / "donor")
+    told = (f"{models / 'donor'}: does not exist", f"{link}: is a link to {tmp_path / 'gone' / 'run1'}, and ")
+    assert_refused(tmp_path, transfer(models, link), *told)

@@ -207,6 +207,15 @@ def test_a_name_in_braces_that_stands_for_nothing_is_refused(models: Path, tmp_p
     assert f"--out: {name} stands for nothing here, only {{alpha}}" in done.stderr
 
 
+def test_a_folder_that_exists_may_have_braces_in_its_name(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs {2024}" / "out-{alpha}"
+    command = [*transfer_of(models, out), "--dry-run", "--alpha", "0.5"]
+    told = "--out: {2024} stands for nothing here, only {alpha}. Only a folder that exists may have braces in its name."
+    assert told in rv(*command).stderr
+    out.parent.mkdir()
+    assert f"{out.parent}/out-0.5\n" in rv(*command).stdout
+
+
 def test_an_extract_has_no_alpha_to_name_its_output_by(models: Path, tmp_path: Path) -> None:
     done = rv(
         "extract", "--donor", models / "donor", "--reference", models / "reference", "--out", tmp_path / "{alpha}"

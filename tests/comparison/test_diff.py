@@ -115,7 +115,14 @@ def test_nan_is_a_difference_and_leaves_no_numbers(tmp_path: Path) -> None:
     (row,) = document["tensors"]
     assert (row["differing"], row["norm"], row["cosine"], row["largest"]) == (1, None, None, None)
     assert (row["nonfinite"], document["total"]["nonfinite"]) == (1, 1)
-    assert "1 element NaN or infinite in A or B, which leaves no norms: x (1)\n" in told
+    assert "1 element NaN or infinite in A, B or their difference, which leaves no norms: x (1)\n" in told
+
+
+def test_a_difference_that_overflows_leaves_no_numbers(tmp_path: Path) -> None:
+    for name, value in (("a", 3e38), ("b", -3e38)):
+        write_checkpoint(tmp_path / name, {"x": Raw("F32", (8,), np.full(8, value, np.float32).tobytes())})
+    told = run_rv("diff", tmp_path / "a", tmp_path / "b").stdout
+    assert "8 elements NaN or infinite in A, B or their difference, which leaves no norms: x (8)\n" in told
 
 
 def test_progress_is_told(models: Path) -> None:
