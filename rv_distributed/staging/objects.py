@@ -161,7 +161,9 @@ def noted_in_object(out: str, identity: Mapping[str, Any]) -> set[int]:
     if held is None or place.is_published(held):
         return set()
     check_same(out, held, identity)
-    return {int(name.removeprefix(_RECORDS)) for name in place.listed(_RECORDS)}
+    numbers = (name.removeprefix(_RECORDS) for name in place.listed(_RECORDS))
+    # Some tools make an empty object for each folder.
+    return {int(number) for number in numbers if number.isdecimal()}
 
 
 def tidy_object(out: str) -> None:

@@ -20,7 +20,7 @@ from servers.stores import BUCKET, StoreServer, s3_client, unfinished_uploads
 from remote.checkpoints import NUMBERS, OPTIONS, comparable, content_of, keys_below, s3_roles
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.errors import OutputError, RunError
-from rv_distributed.staging import open_staging
+from rv_distributed.staging import noted, open_staging
 from rv_distributed.storage import lease, open_store
 
 
@@ -194,6 +194,14 @@ def test_what_another_run_has_just_published_is_not_taken_for_an_unfinished_one(
     assert content(out, MANIFEST_FILE) == b"{}"
     assert ".rv/plan.json" in keys_below(out)
     assert ".rv/lock.json" not in keys_below(out)
+
+
+def test_a_folder_marker_among_the_records_is_no_record(out: str) -> None:
+    open_staging(out, {"a": 1}, overwrite=False, restart=False).close()
+    store, key = open_store(out)
+    for name in ("", "000007"):
+        store.put(f"{key}/.rv/records/{name}", b"")
+    assert noted(out, {"a": 1}) == {7}
 
 
 def test_what_is_wrong_with_a_place_is_found_before_the_run_with_all_else(
