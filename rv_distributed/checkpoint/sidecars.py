@@ -14,7 +14,8 @@ _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", 
 _FROM_JAX_AND_KERAS: Final = frozenset({".h5", ".hdf5", ".keras", ".msgpack", ".pb", ".tflite", ".npy", ".npz"})
 _FOR_INFERENCE: Final = frozenset({".onnx", ".onnx_data", ".gguf", ".ggml", ".ot", ".mlmodel", ".pte", ".engine"})
 _WEIGHT_SUFFIXES: Final = {".safetensors", ".pdparams"} | _PICKLES | _FROM_JAX_AND_KERAS | _FOR_INFERENCE
-_OWN_NAMES: Final = frozenset(
+#: What every output has of its own.
+OWN_NAMES: Final = frozenset(
     {"rv_manifest.json", "rv_tensors.parquet", "rv_pieces.parquet", "rv_recipe.yaml", "README.md"}
 )
 _LEFT_OUT_FOLDERS: Final = frozenset({".git", ".cache", "__pycache__"})
@@ -42,7 +43,7 @@ def why_left_out(name: str) -> str:
     caches, and the files that an output has of its own (model card, manifest, tables).
     """
     path = PurePosixPath(name)
-    if name in _OWN_NAMES:
+    if name in OWN_NAMES:
         return "an output has its own"
     if any(part in _LEFT_OUT_FOLDERS for part in path.parts[:-1]) or path.name in {".gitattributes", ".gitignore"}:
         return "version control or cache"

@@ -3,19 +3,23 @@
 Each shard is an object that one upload makes, whole or not at all. Until the manifest stands beside them, they are no
 output. What a run notes lies below ``.rv/`` in the same prefix: ``plan.json`` says what is being made, ``records/``
 has an object for every finished shard, with the state that the shard's own object has since.
+
+A prefix is open to others at any time. So the plan also names what is ours there, before it is made: nothing else is
+ever deleted, and where there is anything else, nothing is published.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 from blake3 import blake3
 
-from rv_distributed.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_from
+from rv_distributed.checkpoint.manifest import MANIFEST_FILE, Manifest, ManifestError, manifest_from, names_in
+from rv_distributed.checkpoint.sidecars import OWN_NAMES
 from rv_distributed.errors import OutputError, RunError
 from rv_distributed.identity import identity_digest
 from rv_distributed.plan import Plan, task_of
@@ -31,8 +35,9 @@ from rv_distributed.staging.records import (
 )
 from rv_distributed.storage import open_store
 from rv_distributed.storage.object_lease import leased_object
-from rv_distributed.storage.objects import OWN_FOLDER, PARALLEL_READS, patiently, read_all
+from rv_distributed.storage.objects import OWN_FOLDER, PARALLEL_READS, files_among, patiently, read_all
 from rv_distributed.storage.protocols import ObjectStore, StoredObject
+from rv_distributed.storage.replacing import some_of
 
 _PLAN: Final = f"{OWN_FOLDER}plan.json"
 _LOCK: Final = f"{OWN_FOLDER}lock.json"
@@ -56,27 +61,57 @@ class ObjectStaging:
             if not overwrite and self._place.has(MANIFEST_FILE):
                 raise OutputError(f"{out} already exists. Give another --out, or --overwrite to replace it.")
             self._held = self._claim(restart)
+            self._ours = {*self._held.ours, *self._place.names_of_output()}
             self._closing = stack.pop_all()
 
     def _claim(self, restart: bool) -> Held:
-        held = None if restart else self._place.held()
-        if held is not None and not self._place.is_published(held):
+        try:
+            held = self._place.held()
+        except OutputError:
+            if not restart:
+                raise
+            held = None
+        if held is not None and self._place.is_published(held):
+            held = None
+        if held is not None and not restart:
             check_same(self.out, held, self.identity)
             return held
-        self._place.clear()
-        held = Held("", self.identity)
+        self._place.delete_records()
+        # In one step, or what an unfinished run has made would be nobody's.
+        held = Held("", self.identity, ours=held.ours if held is not None else ())
         self._place.write(_PLAN, pack_held(held))
         return held
 
-    def prepare(self, plan: Plan) -> None:  # noqa: ARG002 - a store has room
+    def prepare(self, plan: Plan) -> None:
         """Remove what an earlier run left of uploads, and the manifest that is to be replaced: from here on what lies
         here is no output."""
+        self._take(_names_of(plan))
         self._place.abort_uploads()
         self._place.delete([MANIFEST_FILE])
 
+    def _take(self, names: Iterable[str]) -> None:
+        """Note that the objects of these names are ours, before they are made."""
+        self._ours.update(names)
+        if not self._ours.issubset(self._held.ours):
+            self._lease.check()
+            self._held = self._held._replace(ours=sorted(self._ours))
+            self._place.write(_PLAN, pack_held(self._held))
+
+    def _check_others(self, present: Iterable[str], ours: Set[str]) -> None:
+        """Raise OutputError when somebody has put something of their own here."""
+        if others := files_among(present) - ours:
+            raise OutputError(
+                f"{self.out} holds what is not of the output: {some_of(others)}. "
+                "Move that away, or give another --out. The finished pieces are kept: run again then."
+            )
+
     def finished(self, plan: Plan) -> dict[int, tuple[SpanResult, ...]]:
-        """Pieces whose record is whole and whose object is the one that it tells of."""
+        """Pieces whose record is whole and whose object is the one that it tells of.
+
+        Raises OutputError when the place holds what no run has made.
+        """
         present = self._place.listed()
+        self._check_others(present, self._ours | _names_of(plan))
         names = [name for name in present if name.startswith(_RECORDS)]
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
             lines = pool.map(lambda name: self._place.read(name).decode(errors="replace"), names)
@@ -100,6 +135,7 @@ class ObjectStaging:
         self._place.write(f"{_RECORDS}{record.piece:06}", pack_record(record).encode())
 
     def write(self, name: str, data: bytes) -> None:
+        self._take([name])
         self._place.write(name, data)
         self._states[name] = ""
 
@@ -118,8 +154,8 @@ class ObjectStaging:
                 raise RunError(f"{self.out}: {name} was removed or replaced by something else; run again to make it")
         if MANIFEST_FILE in present:
             raise self._overtaken()
-        strays = [name for name in present if name not in self._states and not name.startswith(OWN_FOLDER)]
-        self._place.delete(strays)
+        self._check_others(present, self._ours)
+        self._place.delete(sorted(files_among(present) - set(self._states)))
         digest = blake3(manifest).hexdigest()
         self._place.write(_PLAN, pack_held(self._held._replace(manifest=digest)))
         self._lease.check()
@@ -161,7 +197,9 @@ def noted_in_object(out: str, identity: Mapping[str, Any]) -> set[int]:
     if held is None or place.is_published(held):
         return set()
     check_same(out, held, identity)
-    return {int(name.removeprefix(_RECORDS)) for name in place.listed(_RECORDS)}
+    numbers = (name.removeprefix(_RECORDS) for name in place.listed(_RECORDS))
+    # Some tools make an empty object for each folder.
+    return {int(number) for number in numbers if number.isdecimal()}
 
 
 def tidy_object(out: str) -> None:
@@ -171,6 +209,11 @@ def tidy_object(out: str) -> None:
         held = place.held()
         if (held is None or place.is_published(held)) and not place.has(_LOCK):
             place.clear()
+
+
+def _names_of(plan: Plan) -> set[str]:
+    """The objects that an output is made of, but for those that only some have: `ObjectStaging.write` notes these."""
+    return {*OWN_NAMES, *(shard.name for shard in plan.shards), *(sidecar.name for sidecar in plan.sidecars)}
 
 
 class _Place:
@@ -218,8 +261,17 @@ class _Place:
         except FileNotFoundError:
             return False
 
+    def names_of_output(self) -> set[str]:
+        """The output's files that are here, where there is an output that tells them."""
+        try:
+            return names_in(self.read(MANIFEST_FILE)) & files_among(self.listed())
+        except (FileNotFoundError, ManifestError):
+            return set()
+
+    def delete_records(self) -> None:
+        self.delete([name for name in self.listed(OWN_FOLDER) if name not in (_LOCK, _PLAN)])
+
     def clear(self) -> None:
         """Remove what a run notes; last of all what says whether the rest is of use."""
-        names = [name for name in self.listed(OWN_FOLDER) if name not in (_LOCK, _PLAN)]
-        self.delete(names)
+        self.delete_records()
         self.delete([_PLAN])

@@ -4,6 +4,7 @@ is whole."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from blake3 import blake3
@@ -22,6 +23,9 @@ class Held(NamedTuple):
     identity: Any
     manifest: str | None = None
     """Digest of the manifest, once the output is complete and about to be published."""
+    ours: Sequence[str] = ()
+    """In a store, the names of objects that are rv's to replace and to delete: those of the output that is being
+    replaced, and whatever this run or an unfinished one before it makes there."""
 
 
 class Record(NamedTuple):

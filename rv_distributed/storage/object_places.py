@@ -11,7 +11,7 @@ from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.checkpoint.uris import is_remote, within
 from rv_distributed.errors import Problem
 from rv_distributed.storage import open_store
-from rv_distributed.storage.objects import OWN_FOLDER, patiently, read_all
+from rv_distributed.storage.objects import OWN_FOLDER, files_among, patiently, read_all
 from rv_distributed.storage.protocols import ObjectStore
 from rv_distributed.storage.replacing import strays
 from rv_distributed.storage.uris import parse_store_uri
@@ -39,9 +39,7 @@ def object_place_problem(
             return Problem(out, f"already exists{differs}", "Give another --out, or --overwrite to replace it.")
         if MANIFEST_FILE in names:
             manifest = read_all(store, f"{key}/{MANIFEST_FILE}")
-            # Some tools make an empty object for each folder.
-            files = {name for name in names if not name.startswith(OWN_FOLDER) and not f"/{name}".endswith("/")}
-            if found := strays(out, files, manifest):
+            if found := strays(out, files_among(names), manifest):
                 return found
         if names and not is_ours:
             return Problem(out, "holds objects that are no output of rv", "Give another --out, or remove them first.")

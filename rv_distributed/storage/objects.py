@@ -34,6 +34,11 @@ _LONGEST_WAIT_S: Final = 10.0
 _T = TypeVar("_T")
 
 
+def files_among(names: Iterable[str]) -> set[str]:
+    """Those that are neither a run's own notes nor the empty object that some tools make for each folder."""
+    return {name for name in names if not name.startswith(OWN_FOLDER) and not f"/{name}".endswith("/")}
+
+
 class Source(Protocol):
     """The part of `ObjectStore` that reads."""
 

@@ -38,15 +38,20 @@ def unreplaceable(out: str) -> Problem | None:
 def strays(out: str, names: Collection[str], manifest: bytes) -> Problem | None:
     """That an output with this manifest, whose files are ``names``, holds others than its own, if it does."""
     try:
-        found = sorted(set(names) - names_in(manifest))
+        found = set(names) - names_in(manifest)
     except ManifestError:
         what = f"has a {MANIFEST_FILE} that cannot be read, so nothing tells which files in it are the output's"
         return Problem(out, what, _REMEDY)
     if not found:
         return None
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    what = f"holds what is not of the output, and --overwrite would delete: {', '.join(found[:3])}{more}"
+    what = f"holds what is not of the output, and --overwrite would delete: {some_of(found)}"
     return Problem(out, what, "Move that away, or give another --out.")
+
+
+def some_of(names: Collection[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(sorted(names)[:3])}{more}"
 
 
 def _names(folder: str) -> Iterator[str]:

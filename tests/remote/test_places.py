@@ -20,7 +20,7 @@ from servers.stores import BUCKET, StoreServer, s3_client, unfinished_uploads
 from remote.checkpoints import NUMBERS, OPTIONS, comparable, content_of, keys_below, s3_roles
 from rv_distributed.checkpoint.manifest import MANIFEST_FILE
 from rv_distributed.errors import OutputError, RunError
-from rv_distributed.staging import open_staging
+from rv_distributed.staging import noted, open_staging
 from rv_distributed.storage import lease, open_store
 
 
@@ -113,6 +113,76 @@ def test_an_output_is_replaced_whole(s3: StoreServer, in_s3: str, out: str, want
     assert run_rv("verify", out).status == 0
 
 
+def test_what_comes_into_the_older_output_during_the_run_is_kept(
+    s3: StoreServer, in_s3: str, out: str, wanted: dict[str, bytes]
+) -> None:
+    assert run_rv(*transfer(s3, in_s3, out, "--max-shard-size", "1GB")).status == 0
+    store, key = open_store(out)
+
+    def come(method: str, path: str) -> None:
+        if sends_second_shard(method, path):
+            store.put(f"{key}/mine/notes.txt", b"precious")
+
+    with proxy_to(s3.port) as proxy:
+        proxy.trouble = come
+        through = s3.uri(key, proxy.port)
+        stopped = run_rv(*transfer(s3, in_s3, through, "--overwrite"))
+    assert stopped.status == 2
+    assert "holds what is not of the output: mine/notes.txt. Move that away" in stopped.stderr
+    assert content(out, "mine/notes.txt") == b"precious"
+    assert MANIFEST_FILE not in keys_below(out)
+    store.delete([f"{key}/mine/notes.txt"])
+    done = run_rv(*transfer(s3, in_s3, out, "--overwrite"))
+    assert done.status == 0, done.stderr
+    assert "2 of 2 pieces kept from an earlier run" in done.stdout
+    assert comparable(content_of(out)) == wanted
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]], ids=["first", "overwriting"])
+def test_what_comes_between_a_stopped_run_and_the_next_one_is_kept(
+    s3: StoreServer, in_s3: str, out: str, wanted: dict[str, bytes], more: list[str]
+) -> None:
+    if more:
+        assert run_rv(*transfer(s3, in_s3, out, "--max-shard-size", "1GB")).status == 0
+    with failing_run(s3, in_s3, out, *more):
+        store, key = open_store(out)
+        store.put(f"{key}/eval/results.json", b"precious")
+        store.put(f"{key}/eval/", b"")
+    there = keys_below(out)
+    refused = run_rv(*transfer(s3, in_s3, out, *more))
+    assert refused.status == 2
+    assert "holds what is not of the output: eval/results.json. Move that away" in refused.stderr
+    assert keys_below(out) == there
+    store.delete([f"{key}/eval/results.json"])
+    done = run_rv(*transfer(s3, in_s3, out, *more))
+    assert done.status == 0, done.stderr
+    assert comparable(content_of(out)) == wanted
+
+
+def test_what_runs_made_before_a_restart_goes_with_it(s3: StoreServer, in_s3: str, out: str) -> None:
+    """The older output's shards, too, which no manifest tells any more."""
+    assert run_rv(*transfer(s3, in_s3, out, "--max-shard-size", "15MB")).status == 0
+    with failing_run(s3, in_s3, out, "--overwrite"):
+        pass
+    done = run_rv(*transfer(s3, in_s3, out, "--max-shard-size", "1GB", "--overwrite", "--restart"))
+    assert done.status == 0, done.stderr
+    assert {name for name in keys_below(out) if ".safetensors" in name} == {"model.safetensors"}
+
+
+def test_a_note_that_cannot_be_read_can_be_thrown_away(
+    s3: StoreServer, in_s3: str, out: str, wanted: dict[str, bytes]
+) -> None:
+    with failing_run(s3, in_s3, out):
+        store, key = open_store(out)
+        store.put(f"{key}/.rv/plan.json", b"rot")
+    refused = run_rv(*transfer(s3, in_s3, out))
+    assert refused.status == 2
+    assert "Give --restart" in refused.stderr
+    done = run_rv(*transfer(s3, in_s3, out, "--restart"))
+    assert done.status == 0, done.stderr
+    assert comparable(content_of(out)) == wanted
+
+
 def test_a_killed_run_leaves_its_parts_to_the_next_one(
     s3: StoreServer, in_s3: str, out: str, wanted: dict[str, bytes]
 ) -> None:
@@ -196,6 +266,14 @@ def test_what_another_run_has_just_published_is_not_taken_for_an_unfinished_one(
     assert ".rv/lock.json" not in keys_below(out)
 
 
+def test_a_folder_marker_among_the_records_is_no_record(out: str) -> None:
+    open_staging(out, {"a": 1}, overwrite=False, restart=False).close()
+    store, key = open_store(out)
+    for name in ("", "000007"):
+        store.put(f"{key}/.rv/records/{name}", b"")
+    assert noted(out, {"a": 1}) == {7}
+
+
 def test_what_is_wrong_with_a_place_is_found_before_the_run_with_all_else(
     s3: StoreServer, in_s3: str, out: str
 ) -> None:
@@ -274,10 +352,10 @@ def content(uri: str, name: str) -> bytes:
 
 
 @contextmanager
-def failing_run(server: StoreServer, folder: str, out: str) -> Iterator[Proxy]:
+def failing_run(server: StoreServer, folder: str, out: str, *more: str) -> Iterator[Proxy]:
     """An unfinished run at ``out``, with one shard of two."""
     with proxy_to(server.port) as proxy:
         through = server.uri(out.partition(f"{BUCKET}/")[2].partition("?")[0], proxy.port)
         proxy.trouble = lambda method, path: "403" if sends_second_shard(method, path) else None
-        assert run_rv(*transfer(server, folder, through)).status == 1
+        assert run_rv(*transfer(server, folder, through, *more)).status == 1
         yield proxy
