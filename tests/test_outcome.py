@@ -20,7 +20,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bits = np.frombuffer(reference["x"].data, np.uint16)
     donor = {"x": Raw("BF16", (300, 1000), (bits + (rng.random(bits.size) < 0.2)).astype(np.uint16).tobytes())}
     for role, tensors in zip(ROLES, (target, donor, reference), strict=True):
-        write_checkpoint(folder / role, tensors)
+        write_checkpoint(folder / role, tensors, sidecars={"config.json": b"{}"})
     return folder
 
 

@@ -182,9 +182,9 @@ class Stop(Exception):
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (replace(STOCHASTIC, seed=3), "options.seed: then"),
-        (PLAN, "options.rounding: then 'stochastic', now 'nearest'"),
-        (BOTH, "options.compute_dtype"),
+        (replace(STOCHASTIC, seed=3), "--seed: then"),
+        (PLAN, "--rounding: then stochastic, now nearest"),
+        (BOTH, "--compute-dtype: then float32, now float64"),
     ],
 )
 def test_unfinished_pieces_go_on_with_the_same_options_only(
