@@ -6,11 +6,14 @@ Call `vocabulary_files` for what to read, then `parse_vocabulary` with what was 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-#: The first of them that is there tells the vocabulary; the last one is sentencepiece's.
+#: The first of them that is there tells the vocabulary; the last one is sentencepiece's, or tiktoken's.
 _MAIN: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+#: What a line of tiktoken's files is: bytes in base64, and their rank.
+_RANK: Final = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
 #: Tokens that were added to all but the first.
 _ADDED: Final = ("added_tokens.json", "tokenizer_config.json")
 
@@ -23,6 +26,20 @@ class VocabularyError(ValueError):
         self.file, self.what = file, what
 
 
+class Vocabulary(NamedTuple):
+    """What a tokenizer's files tell."""
+
+    tokens: Mapping[int, str]
+    """The token of every id."""
+    ranks: bytes = b""
+    """Tiktoken's file, if that is what there is. Code elsewhere makes tokens of it: ``tokens`` has only those added."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the tokens are known."""
+        return bool(self.tokens) and not self.ranks
+
+
 def vocabulary_files(names: Container[str]) -> tuple[str, ...]:
     """Those of a checkpoint's files that tell its vocabulary; empty when none does."""
     main = next((name for name in _MAIN if name in names), None)
@@ -31,15 +48,24 @@ def vocabulary_files(names: Container[str]) -> tuple[str, ...]:
     return (main, *(name for name in _ADDED if name in names and main != _MAIN[0]))
 
 
-def parse_vocabulary(files: Mapping[str, bytes]) -> dict[int, str]:
-    """The token of every id, from the content of the `vocabulary_files`. Raises VocabularyError."""
+def parse_vocabulary(files: Mapping[str, bytes]) -> Vocabulary:
+    """The vocabulary, from the content of the `vocabulary_files`. Raises VocabularyError."""
     tokens: dict[int, str] = {}
+    ranks = b""
     for name, raw in files.items():
+        if name == _MAIN[-1] and _is_tiktoken(raw):
+            ranks = raw
+            continue
         try:
             tokens.update(_PARSERS[name](raw))
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise VocabularyError(name, f"does not tell the tokens of a tokenizer ({error!r:.100})") from None
-    return tokens
+    return Vocabulary(tokens, ranks)
+
+
+def _is_tiktoken(raw: bytes) -> bool:
+    lines = list(filter(None, raw.splitlines()))
+    return bool(lines) and all(map(_RANK.fullmatch, lines))
 
 
 def _tokenizer_json(raw: bytes) -> dict[int, str]:

@@ -212,7 +212,8 @@ def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
     if giver is frame or rows is None:
         return []
     tokens = Tokens()
-    last = max(tokens.of(giver), default=0)
+    vocabulary = tokens.of(giver)
+    last = max(vocabulary.tokens, default=0) if vocabulary else 0
     if last < rows:
         return tokens.problems
     what = f"has a tokenizer with ids up to {last}, but the output has the {rows} rows of {frame.uri}"

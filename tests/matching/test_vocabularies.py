@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_a_token_that_one_of_them_added_differs_only_where_both_have_its_row(tmp
 def test_an_input_without_a_tokenizer_cannot_be_compared(tmp_path: Path) -> None:
     tokenizers = {role: tokenizer_json(words(1800)) for role in ROLES} | {"reference": {"qwen.tiktoken": b"IQ== 0\n"}}
     models = models_of(tmp_path, tokenizers=tokenizers)
-    told = f"{models / 'reference'}: has no tokenizer.json, vocab.json, vocab.txt or tokenizer.model to tell"
+    told = f"{models / 'reference'}: has no tokenizer.json, vocab.json, vocab.txt or sentencepiece's tokenizer.model"
     args = transfer(models, models / "out", "--vocab-mismatch", "overlap")
     assert_refused(models, args, (told, "--force-tokenizer-mismatch"))
 
@@ -238,6 +239,32 @@ def test_vocabularies_of_one_size_may_lack_tokens_and_tokenizers(tmp_path: Path)
     tokenizers = {"target": tokenizer_json(words(1799)), "donor": added, "reference": {"qwen.tiktoken": b"IQ== 0\n"}}
     models = models_of(tmp_path, EQUAL, tokenizers=tokenizers)
     assert_same(transferred(models)[0], wanted(models, 1900))
+
+
+def tiktoken(tokens: int, chat_template: str, added: str = "<think>") -> dict[str, bytes]:
+    """As GLM-4 has it."""
+    config = {"added_tokens_decoder": {str(tokens): {"content": added}}, "chat_template": chat_template}
+    ranks = b"".join(base64.b64encode(b"t%d" % number) + b" %d\n" % number for number in range(tokens))
+    return {"tokenizer.model": ranks, "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def test_files_of_tiktoken_tell_no_tokens(tmp_path: Path) -> None:
+    tokenizers = {"target": tiktoken(1700, "a"), "donor": tiktoken(1800, "b"), "reference": tokenizer_json(words(9))}
+    models = models_of(tmp_path, EQUAL, tokenizers=tokenizers)
+    assert_same(transferred(models)[0], wanted(models, 1900))
+    models = models_of(tmp_path / "overlap", tokenizers=tokenizers)
+    told = [f"{models / role}: has no tokenizer.json, vocab.json, vocab.txt or sent" for role in ("target", "donor")]
+    assert_refused(models, transfer(models, models / "out", "--vocab-mismatch", "overlap"), *told)
+
+
+def test_files_of_tiktoken_that_are_the_same_but_for_chat_templates_have_the_same_tokens(tmp_path: Path) -> None:
+    tokenizers = {role: tiktoken(1800, f"template of the {role}") for role in ROLES}
+    models = models_of(tmp_path, tokenizers=tokenizers)
+    assert_same(transferred(models, "--vocab-mismatch", "overlap")[0], wanted(models, 1900))
+    config = tiktoken(1800, "", "<tool>")["tokenizer_config.json"]
+    (models / "donor" / "tokenizer_config.json").write_bytes(config)
+    told = f"{models / 'donor'}: has no tokenizer.json"
+    assert_refused(models, transfer(models, models / "left", "--vocab-mismatch", "overlap"), told)
 
 
 def test_tokenizers_of_the_same_bytes_are_not_parsed(tmp_path: Path) -> None:
