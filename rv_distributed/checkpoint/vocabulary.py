@@ -31,6 +31,8 @@ class Vocabulary(NamedTuple):
 
     tokens: Mapping[int, str]
     """The token of every id."""
+    added: frozenset[int] = frozenset()
+    """The ids of those that were added to a vocabulary, or are named again as added ones."""
     ranks: bytes = b""
     """Tiktoken's file, if that is what there is. Code elsewhere makes tokens of it: ``tokens`` has only those added."""
 
@@ -50,17 +52,18 @@ def vocabulary_files(names: Container[str]) -> tuple[str, ...]:
 
 def parse_vocabulary(files: Mapping[str, bytes]) -> Vocabulary:
     """The vocabulary, from the content of the `vocabulary_files`. Raises VocabularyError."""
-    tokens: dict[int, str] = {}
-    ranks = b""
+    tokens, added, ranks = dict[int, str](), set[int](), b""
     for name, raw in files.items():
         if name == _MAIN[-1] and _is_tiktoken(raw):
             ranks = raw
             continue
         try:
-            tokens.update(_PARSERS[name](raw))
+            told = _PARSERS[name](raw)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise VocabularyError(name, f"does not tell the tokens of a tokenizer ({error!r:.100})") from None
-    return Vocabulary(tokens, ranks)
+        tokens.update(told.tokens)
+        added.update(told.added)
+    return Vocabulary(tokens, frozenset(added), ranks)
 
 
 def _is_tiktoken(raw: bytes) -> bool:
@@ -68,35 +71,44 @@ def _is_tiktoken(raw: bytes) -> bool:
     return bool(lines) and all(map(_RANK.fullmatch, lines))
 
 
-def _tokenizer_json(raw: bytes) -> dict[int, str]:
+def _tokenizer_json(raw: bytes) -> Vocabulary:
     document = json.loads(raw)
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, list):
         tokens = {number: _text(entry[0]) for number, entry in enumerate(vocabulary)}
     else:
         tokens = _ids_by_token(vocabulary)
-    return tokens | {_id(token["id"]): _text(token["content"]) for token in document.get("added_tokens") or ()}
+    added = {_id(token["id"]): _text(token["content"]) for token in document.get("added_tokens") or ()}
+    return Vocabulary(tokens | added, frozenset(added))
 
 
 def _ids_by_token(vocabulary: Mapping[Any, Any]) -> dict[int, str]:
     return {_id(number): _text(token) for token, number in vocabulary.items()}
 
 
-def _token_ids_json(raw: bytes) -> dict[int, str]:
-    return _ids_by_token(json.loads(raw))
+def _vocab_json(raw: bytes) -> Vocabulary:
+    return Vocabulary(_ids_by_token(json.loads(raw)))
 
 
-def _lines(raw: bytes) -> dict[int, str]:
+def _added_tokens_json(raw: bytes) -> Vocabulary:
+    added = _ids_by_token(json.loads(raw))
+    return Vocabulary(added, frozenset(added))
+
+
+def _lines(raw: bytes) -> Vocabulary:
     lines = raw.decode().split("\n")
-    return {number: line.rstrip("\r") for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+    return Vocabulary(
+        {number: line.rstrip("\r") for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+    )
 
 
-def _tokenizer_config(raw: bytes) -> dict[int, str]:
+def _tokenizer_config(raw: bytes) -> Vocabulary:
     decoder = json.loads(raw).get("added_tokens_decoder") or {}
-    return {_id(int(number)): _text(token["content"]) for number, token in decoder.items()}
+    added = {_id(int(number)): _text(token["content"]) for number, token in decoder.items()}
+    return Vocabulary(added, frozenset(added))
 
 
-def _sentencepiece(raw: bytes) -> dict[int, str]:
+def _sentencepiece(raw: bytes) -> Vocabulary:
     """The pieces are the messages in field 1 of the model, in the order of their ids; field 1 of a piece is its text
     (sentencepiece_model.proto)."""
     pieces = [value for field, value in _fields(memoryview(raw)) if field == 1]
@@ -105,7 +117,7 @@ def _sentencepiece(raw: bytes) -> dict[int, str]:
     tokens = {}
     for number, piece in enumerate(pieces):
         tokens[number] = next(bytes(value).decode() for field, value in _fields(piece) if field == 1)
-    return tokens
+    return Vocabulary(tokens)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -155,9 +167,9 @@ def _text(value: object) -> str:
 
 _PARSERS: Final = {
     "tokenizer.json": _tokenizer_json,
-    "vocab.json": _token_ids_json,
+    "vocab.json": _vocab_json,
     "vocab.txt": _lines,
     "tokenizer.model": _sentencepiece,
-    "added_tokens.json": _token_ids_json,
+    "added_tokens.json": _added_tokens_json,
     "tokenizer_config.json": _tokenizer_config,
 }

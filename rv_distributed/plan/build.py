@@ -78,6 +78,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         sidecars=tuple(PlannedSidecar(owner.uri, file.name, file.size) for owner, file in sidecars_of(frame, giver)),
         files_left_out=giver.left_out,
         rules=(*matching.rules, *_rules_of_numbers(tensors)),
+        warnings=matching.warnings,
         options=(*options.recorded(wanted), *_sum_options(recipe)),
     )
 

@@ -31,6 +31,8 @@ _TOKENS_REMEDY: Final = (
 _UNTOLD: Final = (
     "has no tokenizer.json, vocab.json, vocab.txt or sentencepiece's tokenizer.model to tell the tokens of rows"
 )
+#: Added tokens that a warning names.
+_EXAMPLES: Final = 3
 _UNREADABLE_REMEDY: Final = (
     "Download the file again; or give --force-tokenizer-mismatch, if you know that the tokens are the same."
 )
@@ -131,13 +133,14 @@ class Tokens:
         return self._parsed[key]
 
 
-def tokenizer_problems(frame: Checkpoint, others: Mapping[Checkpoint, bool]) -> list[Problem]:
-    """Where tokenizers do not have the frame's token for an id that both have rows for.
+def compared_tokenizers(frame: Checkpoint, others: Mapping[Checkpoint, bool]) -> tuple[list[Problem], list[str]]:
+    """Where tokenizers do not have the frame's token for an id that both have rows for: problems, and warnings where
+    only added tokens differ, most of which are reserved ones that somebody has renamed.
 
     ``others`` says of each whether only some of its rows are added. Then an id that is no token in one of the two
     counts too, and a tokenizer has to tell; tokenizers of equal vocabularies are compared where both do.
     """
-    tokens, problems = Tokens(), dict[Problem, None]()
+    tokens, problems, warnings = Tokens(), dict[Problem, None](), list[str]()
     for other, overlaps in others.items():
         if None in (frame.tokenizer, other.tokenizer) or (frame.tokenizer and frame.tokenizer == other.tokenizer):
             continue
@@ -147,28 +150,37 @@ def tokenizer_problems(frame: Checkpoint, others: Mapping[Checkpoint, bool]) -> 
         if there is None or here is None or (here.ranks and here == there):
             continue
         untold = [checkpoint.uri for checkpoint, told in ((frame, there), (other, here)) if not told.is_told]
-        if untold and overlaps:
-            problems.update((Problem(uri, _UNTOLD, _TOKENS_REMEDY), None) for uri in untold)
-        elif not untold and (differ := _difference(frame, other, there.tokens, here.tokens, overlaps=overlaps)):
-            problems[differ] = None
-    return [*tokens.problems, *problems]
+        if untold:
+            problems.update((Problem(uri, _UNTOLD, _TOKENS_REMEDY), None) for uri in untold if overlaps)
+            continue
+        rows = min((size for each in (frame, other) if (size := vocab_size(each.config))), default=max(here.tokens) + 1)
+        differing = [number for number in _differing(here.tokens, there.tokens, overlaps=overlaps) if number < rows]
+        ordinary = [number for number in differing if number not in here.added or number not in there.added]
+        counted = f"than {frame.uri} for {len(differing)} of {rows} ids: "
+        if ordinary:
+            what = f"has other tokens {counted}{_tokens(here, there, ordinary[:1])}"
+            problems[Problem(other.uri, what, _TOKENS_REMEDY)] = None
+        elif differing:
+            examples = _tokens(here, there, differing[:_EXAMPLES])
+            warnings.append(
+                f"{other.uri}: has other added tokens {counted}{examples}: these rows are added all the same"
+            )
+    return [*tokens.problems, *problems], warnings
 
 
-def _difference(
-    frame: Checkpoint, other: Checkpoint, there: Mapping[int, str], here: Mapping[int, str], *, overlaps: bool
-) -> Problem | None:
-    rows = min((size for each in (frame, other) if (size := vocab_size(each.config))), default=max(here) + 1)
+def _differing(here: Mapping[int, str], there: Mapping[int, str], *, overlaps: bool) -> list[int]:
     ids = here.keys() | there.keys() if overlaps else here.keys() & there.keys()
-    differing = sorted(number for number in ids if number < rows and here.get(number) != there.get(number))
-    if not differing:
-        return None
-    first = f"{differing[0]} is {_token(here, differing[0])} here and {_token(there, differing[0])} there"
-    what = f"has other tokens than {frame.uri} for {len(differing)} of {rows} ids: {first}"
-    return Problem(other.uri, what, _TOKENS_REMEDY)
+    return sorted(number for number in ids if here.get(number) != there.get(number))
 
 
-def _token(vocabulary: Mapping[int, str], number: int) -> str:
-    return f"{vocabulary[number]!r:.60}" if number in vocabulary else "no token"
+def _tokens(here: Vocabulary, there: Vocabulary, ids: Sequence[int]) -> str:
+    return "; ".join(
+        f"{each} is {_token(here.tokens, each)} here and {_token(there.tokens, each)} there" for each in ids
+    )
+
+
+def _token(tokens: Mapping[int, str], number: int) -> str:
+    return f"{tokens[number]!r:.60}" if number in tokens else "no token"
 
 
 def no_difference(donor: Checkpoint, reference: Checkpoint) -> Problem:

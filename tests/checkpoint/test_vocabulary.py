@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rv_distributed.checkpoint.vocabulary import VocabularyError, parse_vocabulary, vocabulary_files
+from rv_distributed.checkpoint.vocabulary import Vocabulary, VocabularyError, parse_vocabulary, vocabulary_files
 
 TOKENS = ["<unk>", "a", "b", "Ġthe", "é", "the", "🙂"]
 TOKENIZERS = ("BPE", "WordLevel", "WordPiece", "Unigram")
@@ -35,7 +35,8 @@ def made_by_tokenizers(kind: str, folder: Path) -> tuple[bytes, dict[int, str]]:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_tokens_of_every_kind_are_those_that_the_library_has(tmp_path: Path, kind: str) -> None:
     raw, known = made_by_tokenizers(kind, tmp_path)
-    assert parse_vocabulary({"tokenizer.json": raw}).tokens == known
+    found = parse_vocabulary({"tokenizer.json": raw})
+    assert (found.tokens, found.added) == (known, frozenset({1, 7}))
     assert known[7] == "<pad>"
 
 
@@ -46,7 +47,7 @@ def test_files_of_slow_tokenizers_are_put_together() -> None:
         "tokenizer_config.json": json.dumps({"added_tokens_decoder": {"3": {"content": "<y>"}}}).encode(),
     }
     assert vocabulary_files(files) == tuple(files)
-    assert parse_vocabulary(files).tokens == {0: "a", 1: "b", 2: "<x>", 3: "<y>"}
+    assert parse_vocabulary(files) == Vocabulary({0: "a", 1: "b", 2: "<x>", 3: "<y>"}, frozenset({2, 3}))
     assert parse_vocabulary({"vocab.txt": b"a\r\n\nc d\n"}).tokens == {0: "a", 1: "", 2: "c d"}
     assert parse_vocabulary({"vocab.txt": b"a\nb"}).tokens == {0: "a", 1: "b"}
 
@@ -108,7 +109,7 @@ def test_a_model_that_is_cut_short_is_refused_or_shorter(cut: int) -> None:
 def test_a_file_of_tiktoken_is_known_by_its_lines_and_tells_no_tokens(raw: bytes) -> None:
     found = parse_vocabulary({"tokenizer.model": raw, "added_tokens.json": b'{"<x>": 7}'})
     assert not found.is_told
-    assert found == ({7: "<x>"}, raw)
+    assert found == Vocabulary({7: "<x>"}, frozenset({7}), raw)
 
 
 @pytest.mark.parametrize(

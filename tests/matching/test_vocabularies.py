@@ -221,6 +221,46 @@ def test_other_tokens_in_vocabularies_of_one_size_are_refused(tmp_path: Path, mo
     assert_refused(models, args, wanted_of["vector"])
 
 
+@pytest.mark.parametrize("rows", [EQUAL, ROWS], ids=["equal", "overlap"])
+def test_added_tokens_that_were_renamed_are_warned_of(tmp_path: Path, rows: dict[str, int]) -> None:
+    """As reserved tokens of Llama are, or DeepSeek's in a distilled Qwen."""
+    reserved = {number: f"<reserved_{number}>" for number in range(1700, 1900)}
+    renamed = reserved | {1700: "<|im_start|>", 1701: "\x1b[31m", 1702: "<a>", 1800: "<b>"}
+    slow = {
+        "vocab.json": json.dumps({token: number for number, token in enumerate(words(1700))}).encode(),
+        "added_tokens.json": json.dumps(
+            {token: number for number, token in reserved.items() if number > 1700}
+        ).encode(),
+        "tokenizer_config.json": b'{"added_tokens_decoder": {"1700": {"content": "<reserved_1700>"}}}',
+    }
+    tokenizers = {"target": slow, "donor": tokenizer_json(words(1700), renamed), "reference": slow}
+    models = models_of(tmp_path, rows, tokenizers=tokenizers)
+    more = () if rows == EQUAL else ("--vocab-mismatch", "overlap")
+    found, said = transferred(models, *more)
+    assert_same(found, wanted(models, 1900))
+    assert "the tokenizers differ in added tokens only" in said
+    args = transfer(models, models / "dry", "--dry-run", "--json", *more)
+    done = ok(*args)
+    (told,) = json.loads(done.stdout)["plan"]["warnings"]
+    assert told == (
+        f"{models / 'donor'}: has other added tokens than {models / 'target'} for 4 of 1900 ids: "
+        "1700 is '<|im_start|>' here and '<reserved_1700>' there; 1701 is '\\x1b[31m' here and '<reserved_1701>' "
+        "there; 1702 is '<a>' here and '<reserved_1702>' there: these rows are added all the same"
+    )
+    assert "warning: " in done.stderr
+    assert "warning" not in ok(*args, "--force-tokenizer-mismatch").stderr
+
+
+@pytest.mark.parametrize("added", [{0: "<a>", 1800: "<b>"}, {1800: "<b>"}])
+def test_a_token_that_only_one_calls_added_is_an_ordinary_one(tmp_path: Path, added: dict[int, str]) -> None:
+    """And one of them is enough: the first of them is named."""
+    own = tokenizer_json(words(1800), {1800: "<c>"})
+    there = tokenizer_json(words(1800) if 0 in added else ["v0", *words(1800)[1:]], added)
+    models = models_of(tmp_path, EQUAL, tokenizers={"target": own, "donor": there, "reference": own})
+    told = f"{models / 'donor'}: has other tokens than {models / 'target'} for 2 of 1900 ids: 0 is "
+    assert_refused(models, transfer(models, models / "out"), told)
+
+
 def test_other_tokens_are_added_to_if_forced_and_no_matter_where_no_row_is(tmp_path: Path) -> None:
     others = tokenizer_json([f"v{number}" for number in range(1800)])
     tokenizers = {"target": tokenizer_json(words(1800)), "donor": others, "reference": others}
