@@ -74,7 +74,7 @@ class Job:
                 f"{frame.uri}: holds no config.json, so the output has none, and transformers cannot load it: put the "
                 "model's small files beside its weights first"
             )
-        return (*found, *role_warnings(self.recipe, self.opened))
+        return (*found, *self.plan.warnings, *role_warnings(self.recipe, self.opened))
 
     @property
     def rooms(self) -> tuple[Room, ...]:

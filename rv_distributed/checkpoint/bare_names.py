@@ -24,11 +24,12 @@ _BUFFERS: Final = re.compile(
     r"(?:.+\.)?(?:rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|rotary_pos_emb\.inv_freq|rope\.freqs|masked_bias"
     r"|position_ids)"
 )
-#: What embeddings and heads are called in the families of transformers, and in the files of some of them.
+#: What embeddings and heads are called in the families of transformers, and in the files of some of them. OLMo 1 has an
+#: ``ff_out`` in every block, too.
 _OF_VOCABULARY: Final = re.compile(
-    r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings?|tok_embeddings|tokens_embed|embed_in|embeddings|shared"
-    r"|(?:generator_)?lm_head|head|embed_out|output(?:_layer|_projection)?|proj_out|decoder|vocab_projector|lm_loss)"
-    r"\.weight"
+    r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings?|tok_embeddings|token_embeddings?|tokens_embed|embed_in|embeddings?"
+    r"|embedder|shared|(?:generator_)?lm_head(?:\.linear)?|head|embed_out|output(?:_layer|_projection)?|proj_out"
+    r"|(?<!\d\.)ff_out|decoder|vocab_projector|lm_loss)\.weight"
 )
 _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 

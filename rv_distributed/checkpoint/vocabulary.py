@@ -6,11 +6,14 @@ Call `vocabulary_files` for what to read, then `parse_vocabulary` with what was 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-#: The first of them that is there tells the vocabulary; the last one is sentencepiece's.
+#: The first of them that is there tells the vocabulary; the last one is sentencepiece's, or tiktoken's.
 _MAIN: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+#: What a line of tiktoken's files is: bytes in base64, and their rank.
+_RANK: Final = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
 #: Tokens that were added to all but the first.
 _ADDED: Final = ("added_tokens.json", "tokenizer_config.json")
 
@@ -23,6 +26,22 @@ class VocabularyError(ValueError):
         self.file, self.what = file, what
 
 
+class Vocabulary(NamedTuple):
+    """What a tokenizer's files tell."""
+
+    tokens: Mapping[int, str]
+    """The token of every id."""
+    added: frozenset[int] = frozenset()
+    """The ids of those that were added to a vocabulary, or are named again as added ones."""
+    ranks: bytes = b""
+    """Tiktoken's file, if that is what there is. Code elsewhere makes tokens of it: ``tokens`` has only those added."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the tokens are known."""
+        return bool(self.tokens) and not self.ranks
+
+
 def vocabulary_files(names: Container[str]) -> tuple[str, ...]:
     """Those of a checkpoint's files that tell its vocabulary; empty when none does."""
     main = next((name for name in _MAIN if name in names), None)
@@ -31,46 +50,65 @@ def vocabulary_files(names: Container[str]) -> tuple[str, ...]:
     return (main, *(name for name in _ADDED if name in names and main != _MAIN[0]))
 
 
-def parse_vocabulary(files: Mapping[str, bytes]) -> dict[int, str]:
-    """The token of every id, from the content of the `vocabulary_files`. Raises VocabularyError."""
-    tokens: dict[int, str] = {}
+def parse_vocabulary(files: Mapping[str, bytes]) -> Vocabulary:
+    """The vocabulary, from the content of the `vocabulary_files`. Raises VocabularyError."""
+    tokens, added, ranks = dict[int, str](), set[int](), b""
     for name, raw in files.items():
+        if name == _MAIN[-1] and _is_tiktoken(raw):
+            ranks = raw
+            continue
         try:
-            tokens.update(_PARSERS[name](raw))
+            told = _PARSERS[name](raw)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise VocabularyError(name, f"does not tell the tokens of a tokenizer ({error!r:.100})") from None
-    return tokens
+        tokens.update(told.tokens)
+        added.update(told.added)
+    return Vocabulary(tokens, frozenset(added), ranks)
 
 
-def _tokenizer_json(raw: bytes) -> dict[int, str]:
+def _is_tiktoken(raw: bytes) -> bool:
+    lines = list(filter(None, raw.splitlines()))
+    return bool(lines) and all(map(_RANK.fullmatch, lines))
+
+
+def _tokenizer_json(raw: bytes) -> Vocabulary:
     document = json.loads(raw)
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, list):
         tokens = {number: _text(entry[0]) for number, entry in enumerate(vocabulary)}
     else:
         tokens = _ids_by_token(vocabulary)
-    return tokens | {_id(token["id"]): _text(token["content"]) for token in document.get("added_tokens") or ()}
+    added = {_id(token["id"]): _text(token["content"]) for token in document.get("added_tokens") or ()}
+    return Vocabulary(tokens | added, frozenset(added))
 
 
 def _ids_by_token(vocabulary: Mapping[Any, Any]) -> dict[int, str]:
     return {_id(number): _text(token) for token, number in vocabulary.items()}
 
 
-def _token_ids_json(raw: bytes) -> dict[int, str]:
-    return _ids_by_token(json.loads(raw))
+def _vocab_json(raw: bytes) -> Vocabulary:
+    return Vocabulary(_ids_by_token(json.loads(raw)))
 
 
-def _lines(raw: bytes) -> dict[int, str]:
+def _added_tokens_json(raw: bytes) -> Vocabulary:
+    added = _ids_by_token(json.loads(raw))
+    return Vocabulary(added, frozenset(added))
+
+
+def _lines(raw: bytes) -> Vocabulary:
     lines = raw.decode().split("\n")
-    return {number: line.rstrip("\r") for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+    return Vocabulary(
+        {number: line.rstrip("\r") for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+    )
 
 
-def _tokenizer_config(raw: bytes) -> dict[int, str]:
+def _tokenizer_config(raw: bytes) -> Vocabulary:
     decoder = json.loads(raw).get("added_tokens_decoder") or {}
-    return {_id(int(number)): _text(token["content"]) for number, token in decoder.items()}
+    added = {_id(int(number)): _text(token["content"]) for number, token in decoder.items()}
+    return Vocabulary(added, frozenset(added))
 
 
-def _sentencepiece(raw: bytes) -> dict[int, str]:
+def _sentencepiece(raw: bytes) -> Vocabulary:
     """The pieces are the messages in field 1 of the model, in the order of their ids; field 1 of a piece is its text
     (sentencepiece_model.proto)."""
     pieces = [value for field, value in _fields(memoryview(raw)) if field == 1]
@@ -79,7 +117,7 @@ def _sentencepiece(raw: bytes) -> dict[int, str]:
     tokens = {}
     for number, piece in enumerate(pieces):
         tokens[number] = next(bytes(value).decode() for field, value in _fields(piece) if field == 1)
-    return tokens
+    return Vocabulary(tokens)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -129,9 +167,9 @@ def _text(value: object) -> str:
 
 _PARSERS: Final = {
     "tokenizer.json": _tokenizer_json,
-    "vocab.json": _token_ids_json,
+    "vocab.json": _vocab_json,
     "vocab.txt": _lines,
     "tokenizer.model": _sentencepiece,
-    "added_tokens.json": _token_ids_json,
+    "added_tokens.json": _added_tokens_json,
     "tokenizer_config.json": _tokenizer_config,
 }

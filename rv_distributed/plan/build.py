@@ -78,6 +78,7 @@ def make_plan(recipe: Recipe, opened: Mapping[str, Checkpoint], options: PlanOpt
         sidecars=tuple(PlannedSidecar(owner.uri, file.name, file.size) for owner, file in sidecars_of(frame, giver)),
         files_left_out=giver.left_out,
         rules=(*matching.rules, *_rules_of_numbers(tensors)),
+        warnings=matching.warnings,
         options=(*options.recorded(wanted), *_sum_options(recipe)),
     )
 
@@ -212,7 +213,8 @@ def _giver_problems(frame: Checkpoint, giver: Checkpoint) -> list[Problem]:
     if giver is frame or rows is None:
         return []
     tokens = Tokens()
-    last = max(tokens.of(giver), default=0)
+    vocabulary = tokens.of(giver)
+    last = max(vocabulary.tokens, default=0) if vocabulary else 0
     if last < rows:
         return tokens.problems
     what = f"has a tokenizer with ids up to {last}, but the output has the {rows} rows of {frame.uri}"

@@ -12,7 +12,7 @@ from rv_distributed.checkpoint.config import stated, text_config, vocab_size
 from rv_distributed.checkpoint.dtypes import ARITHMETIC
 from rv_distributed.checkpoint.fp8 import fp8_scheme, quantization_of
 from rv_distributed.checkpoint.model import Checkpoint
-from rv_distributed.checkpoint.vocabulary import VocabularyError, parse_vocabulary
+from rv_distributed.checkpoint.vocabulary import Vocabulary, VocabularyError, parse_vocabulary
 from rv_distributed.errors import Problem
 from rv_distributed.plan.options import PlanOptions
 
@@ -28,7 +28,11 @@ _TOKENS_REMEDY: Final = (
     "A row of one model is then no row of the other: leave embedding and head out with --exclude; "
     "or give --force-tokenizer-mismatch, if you know that the rows belong together."
 )
-_UNTOLD: Final = "has no tokenizer.json, vocab.json, vocab.txt or tokenizer.model to tell which token a row stands for"
+_UNTOLD: Final = (
+    "has no tokenizer.json, vocab.json, vocab.txt or sentencepiece's tokenizer.model to tell the tokens of rows"
+)
+#: Added tokens that a warning names.
+_EXAMPLES: Final = 3
 _UNREADABLE_REMEDY: Final = (
     "Download the file again; or give --force-tokenizer-mismatch, if you know that the tokens are the same."
 )
@@ -114,55 +118,69 @@ class Tokens:
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self._parsed: dict[tuple[tuple[str, bytes], ...], Mapping[int, str]] = {}
+        self._parsed: dict[tuple[tuple[str, bytes], ...], Vocabulary | None] = {}
 
-    def of(self, checkpoint: Checkpoint) -> Mapping[int, str]:
-        """The token of every id; empty when nothing tells."""
+    def of(self, checkpoint: Checkpoint) -> Vocabulary | None:
+        """What its files tell; None when one of them is wrong."""
         files = checkpoint.tokenizer or {}
         key = tuple(files.items())
         if key not in self._parsed:
             try:
                 self._parsed[key] = parse_vocabulary(files)
             except VocabularyError as error:
-                self._parsed[key] = {}
+                self._parsed[key] = None
                 self.problems.append(Problem(checkpoint.path(error.file), error.what, _UNREADABLE_REMEDY))
         return self._parsed[key]
 
 
-def tokenizer_problems(frame: Checkpoint, others: Mapping[Checkpoint, bool]) -> list[Problem]:
-    """Where tokenizers do not have the frame's token for an id that both have rows for.
+def compared_tokenizers(frame: Checkpoint, others: Mapping[Checkpoint, bool]) -> tuple[list[Problem], list[str]]:
+    """Where tokenizers do not have the frame's token for an id that both have rows for: problems, and warnings where
+    only added tokens differ, most of which are reserved ones that somebody has renamed.
 
     ``others`` says of each whether only some of its rows are added. Then an id that is no token in one of the two
-    counts too, and a tokenizer has to be there; tokenizers of equal vocabularies are compared where both are.
+    counts too, and a tokenizer has to tell; tokenizers of equal vocabularies are compared where both do.
     """
-    tokens, problems = Tokens(), dict[Problem, None]()
+    tokens, problems, warnings = Tokens(), dict[Problem, None](), list[str]()
     for other, overlaps in others.items():
         if None in (frame.tokenizer, other.tokenizer) or (frame.tokenizer and frame.tokenizer == other.tokenizer):
             continue
-        untold = [checkpoint.uri for checkpoint in (frame, other) if not checkpoint.tokenizer]
-        if untold and overlaps:
-            problems.update((Problem(uri, _UNTOLD, _TOKENS_REMEDY), None) for uri in untold)
-        elif not untold and (differ := _difference(frame, other, tokens, overlaps=overlaps)) is not None:
-            problems[differ] = None
-    return [*tokens.problems, *problems]
+        if not overlaps and not (frame.tokenizer and other.tokenizer):
+            continue
+        there, here = tokens.of(frame), tokens.of(other)
+        if there is None or here is None or (here.ranks and here == there):
+            continue
+        untold = [checkpoint.uri for checkpoint, told in ((frame, there), (other, here)) if not told.is_told]
+        if untold:
+            problems.update((Problem(uri, _UNTOLD, _TOKENS_REMEDY), None) for uri in untold if overlaps)
+            continue
+        rows = min((size for each in (frame, other) if (size := vocab_size(each.config))), default=max(here.tokens) + 1)
+        differing = [number for number in _differing(here.tokens, there.tokens, overlaps=overlaps) if number < rows]
+        ordinary = [number for number in differing if number not in here.added or number not in there.added]
+        counted = f"than {frame.uri} for {len(differing)} of {rows} ids: "
+        if ordinary:
+            what = f"has other tokens {counted}{_tokens(here, there, ordinary[:1])}"
+            problems[Problem(other.uri, what, _TOKENS_REMEDY)] = None
+        elif differing:
+            examples = _tokens(here, there, differing[:_EXAMPLES])
+            warnings.append(
+                f"{other.uri}: has other added tokens {counted}{examples}: these rows are added all the same"
+            )
+    return [*tokens.problems, *problems], warnings
 
 
-def _difference(frame: Checkpoint, other: Checkpoint, tokens: Tokens, *, overlaps: bool) -> Problem | None:
-    there, here = tokens.of(frame), tokens.of(other)
-    if not there or not here:
-        return None
-    rows = min((size for each in (frame, other) if (size := vocab_size(each.config))), default=max(here) + 1)
+def _differing(here: Mapping[int, str], there: Mapping[int, str], *, overlaps: bool) -> list[int]:
     ids = here.keys() | there.keys() if overlaps else here.keys() & there.keys()
-    differing = sorted(number for number in ids if number < rows and here.get(number) != there.get(number))
-    if not differing:
-        return None
-    first = f"{differing[0]} is {_token(here, differing[0])} here and {_token(there, differing[0])} there"
-    what = f"has other tokens than {frame.uri} for {len(differing)} of {rows} ids: {first}"
-    return Problem(other.uri, what, _TOKENS_REMEDY)
+    return sorted(number for number in ids if here.get(number) != there.get(number))
 
 
-def _token(vocabulary: Mapping[int, str], number: int) -> str:
-    return f"{vocabulary[number]!r:.60}" if number in vocabulary else "no token"
+def _tokens(here: Vocabulary, there: Vocabulary, ids: Sequence[int]) -> str:
+    return "; ".join(
+        f"{each} is {_token(here.tokens, each)} here and {_token(there.tokens, each)} there" for each in ids
+    )
+
+
+def _token(tokens: Mapping[int, str], number: int) -> str:
+    return f"{tokens[number]!r:.60}" if number in tokens else "no token"
 
 
 def no_difference(donor: Checkpoint, reference: Checkpoint) -> Problem:

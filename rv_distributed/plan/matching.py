@@ -17,7 +17,7 @@ from rv_distributed.checkpoint.dtypes import COMPUTABLE, DTYPES
 from rv_distributed.checkpoint.model import Checkpoint, Tensor
 from rv_distributed.checkpoint.sources import Source, shifted
 from rv_distributed.errors import Problem
-from rv_distributed.plan.families import tokenizer_problems
+from rv_distributed.plan.families import compared_tokenizers
 from rv_distributed.plan.finding import Finder, Found, Frame, Misfit
 from rv_distributed.plan.model import VectorOperand
 from rv_distributed.plan.numbers import SAME, difference
@@ -81,6 +81,7 @@ class Matching(NamedTuple):
     rules: tuple[tuple[str, str], ...]
     """Each rule that was needed, with what it did, in words."""
     problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
 
 
 def match(frame: Frame, pairs: Sequence[Pair], options: PlanOptions) -> Matching:
@@ -89,7 +90,7 @@ def match(frame: Frame, pairs: Sequence[Pair], options: PlanOptions) -> Matching
     tensors = tuple(matcher.match(name, tensor) for name, tensor in frame.checkpoint.tensors.items())
     matcher.compare_what_is_left()
     matcher.compare_tokenizers(tensors)
-    return Matching(tensors, matcher.left_out(), matcher.rules(), tuple(matcher.problems))
+    return Matching(tensors, matcher.left_out(), matcher.rules(), tuple(matcher.problems), tuple(matcher.warnings))
 
 
 class _Matcher:
@@ -105,6 +106,7 @@ class _Matcher:
         self._overlapping: set[Finder] = set()
         self._added_to_rows: set[Finder] = set()
         self._matched = False
+        self.warnings: list[str] = []
         self.problems = [problem for finder in self._others for problem in _collisions(finder)]
 
     def match(self, name: str, tensor: Tensor) -> Match:
@@ -244,7 +246,8 @@ class _Matcher:
                 self._added_to_rows.update(side.finder for vector in given for side in sides[vector.vector])
         if not self._options.force_tokenizer_mismatch:
             compared = {f.checkpoint: f in self._overlapping for f in self._others if f in self._added_to_rows}
-            self.problems += tokenizer_problems(self._frame, compared)
+            problems, self.warnings = compared_tokenizers(self._frame, compared)
+            self.problems += problems
 
     def left_out(self) -> tuple[tuple[str, str], ...]:
         """The tensors of other inputs that have no place here, by name, each with the reason."""
@@ -262,11 +265,13 @@ class _Matcher:
             of = f"{', '.join(counts)}: {text}"
             lines.setdefault(rule, []).append(f"{of} ({plural(max(counts.values()), 'tensor')})")
         forced = self._options.force_tokenizer_mismatch
+        compared = "tokenizers were not compared" if forced else "the tokenizers have the same tokens there"
+        if self.warnings:
+            compared = "the tokenizers differ in added tokens only"
         if self._overlapping:
-            compared = "tokenizers were not compared" if forced else "the tokenizers have the same tokens there"
             lines["vocabulary"].insert(0, f"{compared}; other rows stay as they are")
-        elif forced and self._added_to_rows:
-            lines["vocabulary"] = ["tokenizers were not compared"]
+        elif self.warnings or (forced and self._added_to_rows):
+            lines["vocabulary"] = [compared]
         for number, (pattern, _) in enumerate(self._options.key_mapping):
             if not any(finder.uses[number] for finder in self._others):
                 lines.setdefault("key mapping", []).append(f"no name is changed by {pattern!r}")

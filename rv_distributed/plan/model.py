@@ -302,6 +302,8 @@ class Plan:
     """Files of that input that do not go with the outputs, each with the reason."""
     rules: tuple[tuple[str, str], ...] = ()
     """Each rule by which tensors were matched otherwise than by name and shape, with what it did, in words."""
+    warnings: tuple[str, ...] = ()
+    """What was odd about how the inputs fit together but does not stop the run."""
 
     @property
     def weighted(self) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rv_distributed.checkpoint.bare_names import bare_name, is_known_buffer, pattern_of, renaming
+from rv_distributed.checkpoint.bare_names import bare_name, is_known_buffer, is_of_vocabulary, pattern_of, renaming
 from rv_distributed.checkpoint.model import Tensor
 from rv_distributed.plan.layouts import Part, is_transposed, parts_of
 
@@ -77,6 +77,30 @@ def test_buffers_are_known_by_their_whole_names() -> None:
     assert is_known_buffer("rope.freqs")
     assert not is_known_buffer("model.layers.0.self_attn.rotary_emb.inv_freq_scale")
     assert not is_known_buffer("my_rope.freqs")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("model.embed_tokens.weight", True),
+        ("backbone.embedding.weight", True),
+        ("transformer.embedding.word_embeddings.weight", True),
+        ("text_model.embeddings.token_embedding.weight", True),
+        ("token_embeddings.weight", True),
+        ("embedder.weight", True),
+        ("lm_head.weight", True),
+        ("lm_head.linear.weight", True),
+        ("model.transformer.ff_out.weight", True),
+        ("ff_out.weight", True),
+        ("model.transformer.blocks.0.ff_out.weight", False),
+        ("model.transformer.block_groups.1.12.ff_out.weight", False),
+        ("model.layers.0.linear.weight", False),
+        ("model.position_embedding.weight", False),
+        ("lm_head.linear.bias", False),
+    ],
+)
+def test_embeddings_and_heads_are_known_by_what_they_are_called(name: str, is_one: bool) -> None:
+    assert is_of_vocabulary(name) == is_one
 
 
 LLAMA = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 12}

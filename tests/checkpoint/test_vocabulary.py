@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rv_distributed.checkpoint.vocabulary import VocabularyError, parse_vocabulary, vocabulary_files
+from rv_distributed.checkpoint.vocabulary import Vocabulary, VocabularyError, parse_vocabulary, vocabulary_files
 
 TOKENS = ["<unk>", "a", "b", "Ġthe", "é", "the", "🙂"]
 TOKENIZERS = ("BPE", "WordLevel", "WordPiece", "Unigram")
@@ -35,7 +35,8 @@ def made_by_tokenizers(kind: str, folder: Path) -> tuple[bytes, dict[int, str]]:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_tokens_of_every_kind_are_those_that_the_library_has(tmp_path: Path, kind: str) -> None:
     raw, known = made_by_tokenizers(kind, tmp_path)
-    assert parse_vocabulary({"tokenizer.json": raw}) == known
+    found = parse_vocabulary({"tokenizer.json": raw})
+    assert (found.tokens, found.added) == (known, frozenset({1, 7}))
     assert known[7] == "<pad>"
 
 
@@ -46,9 +47,9 @@ def test_files_of_slow_tokenizers_are_put_together() -> None:
         "tokenizer_config.json": json.dumps({"added_tokens_decoder": {"3": {"content": "<y>"}}}).encode(),
     }
     assert vocabulary_files(files) == tuple(files)
-    assert parse_vocabulary(files) == {0: "a", 1: "b", 2: "<x>", 3: "<y>"}
-    assert parse_vocabulary({"vocab.txt": b"a\r\n\nc d\n"}) == {0: "a", 1: "", 2: "c d"}
-    assert parse_vocabulary({"vocab.txt": b"a\nb"}) == {0: "a", 1: "b"}
+    assert parse_vocabulary(files) == Vocabulary({0: "a", 1: "b", 2: "<x>", 3: "<y>"}, frozenset({2, 3}))
+    assert parse_vocabulary({"vocab.txt": b"a\r\n\nc d\n"}).tokens == {0: "a", 1: "", 2: "c d"}
+    assert parse_vocabulary({"vocab.txt": b"a\nb"}).tokens == {0: "a", 1: "b"}
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,13 @@ def sentencepiece_model(pieces: list[str]) -> bytes:
 
 @pytest.mark.parametrize("pieces", [TOKENS, ["▁the"] * 200, ["x" * 400, ""]])
 def test_pieces_of_sentencepiece_are_read_as_protobuf_wrote_them(pieces: list[str]) -> None:
-    assert parse_vocabulary({"tokenizer.model": sentencepiece_model(pieces)}) == dict(enumerate(pieces))
+    assert parse_vocabulary({"tokenizer.model": sentencepiece_model(pieces)}).tokens == dict(enumerate(pieces))
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_make_the_reader_of_sentencepiece_fail_otherwise(raw: bytes) -> None:
     try:
-        tokens = parse_vocabulary({"tokenizer.model": raw})
+        tokens = parse_vocabulary({"tokenizer.model": raw}).tokens
     except VocabularyError as error:
         assert error.file == "tokenizer.model"  # noqa: PT017
     else:
@@ -98,10 +99,17 @@ def test_no_bytes_make_the_reader_of_sentencepiece_fail_otherwise(raw: bytes) ->
 def test_a_model_that_is_cut_short_is_refused_or_shorter(cut: int) -> None:
     raw = sentencepiece_model(TOKENS)
     try:
-        found = parse_vocabulary({"tokenizer.model": raw[:cut]})
+        found = parse_vocabulary({"tokenizer.model": raw[:cut]}).tokens
     except VocabularyError:
         return
     assert found == dict(enumerate(TOKENS[: len(found)]))
+
+
+@pytest.mark.parametrize("raw", [b"IQ== 0\nIg== 1\n", b"IQ== 0\r\n\r\nICE= 1", b"abcd 12"])
+def test_a_file_of_tiktoken_is_known_by_its_lines_and_tells_no_tokens(raw: bytes) -> None:
+    found = parse_vocabulary({"tokenizer.model": raw, "added_tokens.json": b'{"<x>": 7}'})
+    assert not found.is_told
+    assert found == Vocabulary({7: "<x>"}, frozenset({7}), raw)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,8 @@ def test_a_model_that_is_cut_short_is_refused_or_shorter(cut: int) -> None:
         ("vocab.txt", b"\xff\xfe"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}'),
         ("tokenizer.model", b""),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n"),
+        ("tokenizer.model", b"IQ== 0\nIg== x\n"),
+        ("tokenizer.model", b"\n"),
         ("tokenizer.model", b"\x0a\x04\x0a\x02\xff\xff"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_a_token_that_one_of_them_added_differs_only_where_both_have_its_row(tmp
 def test_an_input_without_a_tokenizer_cannot_be_compared(tmp_path: Path) -> None:
     tokenizers = {role: tokenizer_json(words(1800)) for role in ROLES} | {"reference": {"qwen.tiktoken": b"IQ== 0\n"}}
     models = models_of(tmp_path, tokenizers=tokenizers)
-    told = f"{models / 'reference'}: has no tokenizer.json, vocab.json, vocab.txt or tokenizer.model to tell"
+    told = f"{models / 'reference'}: has no tokenizer.json, vocab.json, vocab.txt or sentencepiece's tokenizer.model"
     args = transfer(models, models / "out", "--vocab-mismatch", "overlap")
     assert_refused(models, args, (told, "--force-tokenizer-mismatch"))
 
@@ -220,6 +221,46 @@ def test_other_tokens_in_vocabularies_of_one_size_are_refused(tmp_path: Path, mo
     assert_refused(models, args, wanted_of["vector"])
 
 
+@pytest.mark.parametrize("rows", [EQUAL, ROWS], ids=["equal", "overlap"])
+def test_added_tokens_that_were_renamed_are_warned_of(tmp_path: Path, rows: dict[str, int]) -> None:
+    """As reserved tokens of Llama are, or DeepSeek's in a distilled Qwen."""
+    reserved = {number: f"<reserved_{number}>" for number in range(1700, 1900)}
+    renamed = reserved | {1700: "<|im_start|>", 1701: "\x1b[31m", 1702: "<a>", 1800: "<b>"}
+    slow = {
+        "vocab.json": json.dumps({token: number for number, token in enumerate(words(1700))}).encode(),
+        "added_tokens.json": json.dumps(
+            {token: number for number, token in reserved.items() if number > 1700}
+        ).encode(),
+        "tokenizer_config.json": b'{"added_tokens_decoder": {"1700": {"content": "<reserved_1700>"}}}',
+    }
+    tokenizers = {"target": slow, "donor": tokenizer_json(words(1700), renamed), "reference": slow}
+    models = models_of(tmp_path, rows, tokenizers=tokenizers)
+    more = () if rows == EQUAL else ("--vocab-mismatch", "overlap")
+    found, said = transferred(models, *more)
+    assert_same(found, wanted(models, 1900))
+    assert "the tokenizers differ in added tokens only" in said
+    args = transfer(models, models / "dry", "--dry-run", "--json", *more)
+    done = ok(*args)
+    (told,) = json.loads(done.stdout)["plan"]["warnings"]
+    assert told == (
+        f"{models / 'donor'}: has other added tokens than {models / 'target'} for 4 of 1900 ids: "
+        "1700 is '<|im_start|>' here and '<reserved_1700>' there; 1701 is '\\x1b[31m' here and '<reserved_1701>' "
+        "there; 1702 is '<a>' here and '<reserved_1702>' there: these rows are added all the same"
+    )
+    assert "warning: " in done.stderr
+    assert "warning" not in ok(*args, "--force-tokenizer-mismatch").stderr
+
+
+@pytest.mark.parametrize("added", [{0: "<a>", 1800: "<b>"}, {1800: "<b>"}])
+def test_a_token_that_only_one_calls_added_is_an_ordinary_one(tmp_path: Path, added: dict[int, str]) -> None:
+    """And one of them is enough: the first of them is named."""
+    own = tokenizer_json(words(1800), {1800: "<c>"})
+    there = tokenizer_json(words(1800) if 0 in added else ["v0", *words(1800)[1:]], added)
+    models = models_of(tmp_path, EQUAL, tokenizers={"target": own, "donor": there, "reference": own})
+    told = f"{models / 'donor'}: has other tokens than {models / 'target'} for 2 of 1900 ids: 0 is "
+    assert_refused(models, transfer(models, models / "out"), told)
+
+
 def test_other_tokens_are_added_to_if_forced_and_no_matter_where_no_row_is(tmp_path: Path) -> None:
     others = tokenizer_json([f"v{number}" for number in range(1800)])
     tokenizers = {"target": tokenizer_json(words(1800)), "donor": others, "reference": others}
@@ -238,6 +279,32 @@ def test_vocabularies_of_one_size_may_lack_tokens_and_tokenizers(tmp_path: Path)
     tokenizers = {"target": tokenizer_json(words(1799)), "donor": added, "reference": {"qwen.tiktoken": b"IQ== 0\n"}}
     models = models_of(tmp_path, EQUAL, tokenizers=tokenizers)
     assert_same(transferred(models)[0], wanted(models, 1900))
+
+
+def tiktoken(tokens: int, chat_template: str, added: str = "<think>") -> dict[str, bytes]:
+    """As GLM-4 has it."""
+    config = {"added_tokens_decoder": {str(tokens): {"content": added}}, "chat_template": chat_template}
+    ranks = b"".join(base64.b64encode(b"t%d" % number) + b" %d\n" % number for number in range(tokens))
+    return {"tokenizer.model": ranks, "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def test_files_of_tiktoken_tell_no_tokens(tmp_path: Path) -> None:
+    tokenizers = {"target": tiktoken(1700, "a"), "donor": tiktoken(1800, "b"), "reference": tokenizer_json(words(9))}
+    models = models_of(tmp_path, EQUAL, tokenizers=tokenizers)
+    assert_same(transferred(models)[0], wanted(models, 1900))
+    models = models_of(tmp_path / "overlap", tokenizers=tokenizers)
+    told = [f"{models / role}: has no tokenizer.json, vocab.json, vocab.txt or sent" for role in ("target", "donor")]
+    assert_refused(models, transfer(models, models / "out", "--vocab-mismatch", "overlap"), *told)
+
+
+def test_files_of_tiktoken_that_are_the_same_but_for_chat_templates_have_the_same_tokens(tmp_path: Path) -> None:
+    tokenizers = {role: tiktoken(1800, f"template of the {role}") for role in ROLES}
+    models = models_of(tmp_path, tokenizers=tokenizers)
+    assert_same(transferred(models, "--vocab-mismatch", "overlap")[0], wanted(models, 1900))
+    config = tiktoken(1800, "", "<tool>")["tokenizer_config.json"]
+    (models / "donor" / "tokenizer_config.json").write_bytes(config)
+    told = f"{models / 'donor'}: has no tokenizer.json"
+    assert_refused(models, transfer(models, models / "left", "--vocab-mismatch", "overlap"), told)
 
 
 def test_tokenizers_of_the_same_bytes_are_not_parsed(tmp_path: Path) -> None:
