@@ -283,8 +283,9 @@ def _handler(hub: Hub, *, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             sent = 0 if self.command == "HEAD" else len(body)
-            self.wfile.write(body[:sent])
+            # Before the answer: whoever has that may look.
             hub.asked.append((self.command, self.path, sent))
+            self.wfile.write(body[:sent])
 
     return Handler
 
