@@ -51,6 +51,8 @@ def test_a_read_that_never_returns_ends_the_run_and_the_next_one_resumes(
                 if thread.name.startswith("rv-stream"):
                     thread.join()
     assert not out.exists()
+    (made,) = tmp_path.glob(".out.rv/output-*/model.safetensors")
+    assert not any(made.read_bytes()[2 << 20 :]), "a stream wrote when its run had been given up"
     manifest = rv.transfer(t, a, b, str(out), plan_options=plan, run_options=rv.RunOptions(runtime="local"))
     assert (manifest.timings.pieces, manifest.timings.pieces_kept) == (3, 2)
     rv.verify(str(out))
