@@ -23,7 +23,7 @@ from rv_distributed.runtime.model import PieceResult, Runtime, WorkerConfig, Wor
 from rv_distributed.runtime.select import ChosenRuntime, RunOptions, expected_shape
 from rv_distributed.runtime.sizing import Sizing, bytes_to_read, size_worker
 from rv_distributed.staging import Record, Staging, noted, open_staging, tidy
-from rv_distributed.storage.ending import ending_briefly
+from rv_distributed.storage.ending import briefly, ending_briefly
 from rv_distributed.storage.places import Room, check_rooms, rooms
 from rv_distributed.storage.publish import remove
 from rv_distributed.storage.uris import HubUri
@@ -119,7 +119,7 @@ class Job:
             made = self._make(progress, cancel or threading.Event()) if self.todo else {}
         except PieceError:
             with suppress(OSError):
-                check_unchanged(self.plan)  # a change is the cause then
+                briefly(lambda: check_unchanged(self.plan))  # a change is the cause then
             raise
         except OSError as error:
             raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
