@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from rv_distributed.checkpoint.manifest import Manifest, Timings
@@ -23,6 +23,7 @@ from rv_distributed.runtime.model import PieceResult, Runtime, WorkerConfig, Wor
 from rv_distributed.runtime.select import ChosenRuntime, RunOptions, expected_shape
 from rv_distributed.runtime.sizing import Sizing, bytes_to_read, size_worker
 from rv_distributed.staging import Record, Staging, noted, open_staging, tidy
+from rv_distributed.storage.ending import briefly, ending_briefly
 from rv_distributed.storage.places import Room, check_rooms, rooms
 from rv_distributed.storage.publish import remove
 from rv_distributed.storage.uris import HubUri
@@ -118,7 +119,7 @@ class Job:
             made = self._make(progress, cancel or threading.Event()) if self.todo else {}
         except PieceError:
             with suppress(OSError):
-                check_unchanged(self.plan)  # a change is the cause then
+                briefly(lambda: check_unchanged(self.plan))  # a change is the cause then
             raise
         except OSError as error:
             raise RunError(f"{error.filename or 'storage'}: {error.strerror or error}") from error
@@ -131,8 +132,7 @@ class Job:
         return tuple((made | dict(self.complete))[number] for number in range(len(self.outs)))
 
     def _make(self, progress: ProgressCallback | None, cancel: threading.Event) -> dict[int, Manifest]:
-        with ExitStack() as stack:
-            runtime = stack.enter_context(self._runtime())
+        with self._runtime() as runtime, ending_briefly() as stack:
             stagings = []
             for number in self.todo:
                 identity = identity_of(self.plan, number)
@@ -141,22 +141,18 @@ class Job:
                 stagings.append(stack.enter_context(closing(staging)))
             reducers = [Reducer(self.plan, *of) for of in zip(self.todo, stagings, strict=True)]
             kept = self._keep(stagings, reducers)
-            watch = self._watch(stagings, kept, progress)
-            try:
-                timings, pieces = self._stream(runtime, stagings, reducers, kept, watch, cancel)
-                watch.committing()
-                # Every commit does so again; but NaN, or a small file that cannot be read, may come of a change.
-                check_unchanged(self.plan)
-                if not self.options.allow_nonfinite:
-                    for reducer in reducers:
-                        reducer.check_finite()
-                manifests = [
-                    reducer.commit(timings, pieces, self.recipe_text(number))
-                    for number, reducer in zip(self.todo, reducers, strict=True)
-                ]
-            except BaseException as error:
-                watch.stopped(error)
-                raise
+            watch = stack.enter_context(self._watch(stagings, kept, progress))
+            timings, pieces = self._stream(runtime, stagings, reducers, kept, watch, cancel)
+            watch.committing()
+            # Every commit does so again; but NaN, or a small file that cannot be read, may come of a change.
+            check_unchanged(self.plan)
+            if not self.options.allow_nonfinite:
+                for reducer in reducers:
+                    reducer.check_finite()
+            manifests = [
+                reducer.commit(timings, pieces, self.recipe_text(number))
+                for number, reducer in zip(self.todo, reducers, strict=True)
+            ]
         return dict(zip(self.todo, manifests, strict=True))
 
     def _keep(self, stagings: Sequence[Staging], reducers: Sequence[Reducer]) -> set[int]:
@@ -200,7 +196,7 @@ class Job:
         began = time.monotonic()
         done: list[tuple[PieceResult, float]] = []
         config = self._worker_config(stagings, runtime.shape)
-        # Closed before the stagings are: no worker may write once another run can take the place.
+        # Closed before the stagings are: workers end before another run can take the place, but for those that hang.
         with closing(runtime.run(tasks(), config, kept=len(kept))) as results:
             for result in results:
                 shard = self.plan.shards[self.plan.pieces[result.piece].shard].name

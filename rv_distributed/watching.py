@@ -107,9 +107,13 @@ class Watch:
         """All pieces are finished."""
         self._write("committing")
 
-    def stopped(self, error: BaseException) -> None:
-        """The run ends here; another may resume it."""
-        self._write("stopped", f"{type(error).__name__}: {one_line(str(error))}")
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """The run ends here; after an error, another may resume it."""
+        if error is not None:
+            self._write("stopped", f"{type(error).__name__}: {one_line(str(error))}")
 
     def _write(self, state: State, why: str | None = None) -> None:
         """Replace the progress files."""

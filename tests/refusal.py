@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -38,7 +39,13 @@ def run_rv(*args: str | Path) -> Done:
     sys.argv = ["rv", *map(str, args)]
     try:
         stdout, stderr = io.StringIO(), io.StringIO()
-        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as ended:
+        # This process is not to end as that of a run that failed does.
+        with (
+            patch("os._exit", sys.exit),
+            redirect_stdout(stdout),
+            redirect_stderr(stderr),
+            pytest.raises(SystemExit) as ended,
+        ):
             main()
         assert isinstance(ended.value.code, int)
         return Done(ended.value.code, stdout.getvalue(), stderr.getvalue())

@@ -278,6 +278,23 @@ def test_an_error_of_a_piece_stays_when_the_storage_cannot_tell_whether_its_inpu
     assert caught.value.tensors
 
 
+def test_an_error_of_a_piece_is_told_though_the_storage_of_the_inputs_hangs(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr("rv_distributed.job.check_unchanged", lambda _: answer.wait())
+    monkeypatch.setattr("rv_distributed.storage.ending.END_S", 1.0)
+
+    def progress(_: rv.Progress) -> None:
+        raise rv.PieceError("the store is away", "model.safetensors", 0, 1, ())
+
+    try:
+        with pytest.raises(rv.PieceError, match="the store is away"):
+            inputs.run(tmp_path / "out", progress=progress)
+    finally:
+        answer.set()
+
+
 def test_an_output_that_exists_is_refused_and_left_alone(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")

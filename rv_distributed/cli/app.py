@@ -36,7 +36,6 @@ from rv_distributed.errors import (
     RunError,
     RvError,
     VerifyError,
-    WorkerError,
     one_line,
     without_prefix,
 )
@@ -97,7 +96,7 @@ def main() -> None:
         status = done.exit_code
     except RvError as error:
         status = report_error(error)
-        if isinstance(error, WorkerError):
+        if isinstance(error, (Interrupted, RunError)):
             # A thread may hang in the storage for ever, and Python would wait for it. All is printed, and flushed.
             os._exit(status)
     except OSError as error:

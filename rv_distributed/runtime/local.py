@@ -11,6 +11,7 @@ from rv_distributed.errors import WorkerError
 from rv_distributed.plan import PieceTask
 from rv_distributed.runtime.model import PieceResult, WorkerConfig, WorkerShape, patience_s
 from rv_distributed.runtime.worker import Stopped, Worker, choose_device
+from rv_distributed.storage.ending import briefly
 
 #: Longest time between two looks at whether a stream hangs, in seconds.
 _LOOK_S: Final = 1.0
@@ -71,7 +72,12 @@ class LocalRuntime:
             threading.Thread(target=stream, args=(n,), name=f"rv-stream-{n}", daemon=True)
             for n in range(config.streams)
         ]
-        hanging = False
+
+        def join() -> None:
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+
         try:
             for thread in threads:
                 thread.start()
@@ -84,7 +90,6 @@ class LocalRuntime:
                     for task, since in list(making.values()):
                         patience = patience_s(task, outputs)
                         if idle_s - since >= patience:
-                            hanging = True
                             raise WorkerError(
                                 f"{task.shard_name}, bytes {task.piece.start} to {task.piece.stop}: not made in "
                                 f"{patience:.0f} s; the storage of the inputs or of the output hangs"
@@ -98,6 +103,4 @@ class LocalRuntime:
                     yield result
         finally:
             worker.stop()
-            for thread in threads:
-                if thread.ident is not None and not hanging:
-                    thread.join()
+            briefly(join)

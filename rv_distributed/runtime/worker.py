@@ -129,6 +129,9 @@ class _Stream:
                 began = time.perf_counter()
                 with self._computing:
                     self._compute(task, chunk, arena, leaves, scales, hashers)
+                # A read may have hung until the run was given up: another may have the place now.
+                if self._stop.is_set():
+                    raise Stopped
                 writing = time.perf_counter()
                 for writer, out in zip(writers, self._outs, strict=True):
                     states += self._write(task, writer, out, chunk)

@@ -39,6 +39,9 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 class Cell(Protocol):
     """What a lease is written in. Raises OSError."""
 
+    ended: threading.Event
+    """Set at the lease's end: from then on a store that is away is not waited for."""
+
     def read(self) -> bytes | None:
         """What is there; None when it was let go."""
         ...
@@ -58,7 +61,6 @@ class Lease:
 
     def __init__(self, cell: Cell, holder: dict[str, Any], subject: str) -> None:
         self._cell, self._holder, self._subject = cell, holder, subject
-        self._ended = threading.Event()
         # What is read while it is written may be anything.
         self._one_at_a_time = threading.Lock()
         self.lost = False
@@ -70,7 +72,7 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
+        self._cell.ended.set()
         self._beating.join()
         with suppress(OSError, RunError):
             self.check()
@@ -88,7 +90,7 @@ class Lease:
             )
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_S):
+        while not self._cell.ended.wait(BEAT_S):
             # What another wrote stays: this one is no longer the holder, which `check` will say.
             with suppress(OSError, RunError):
                 self.check()
@@ -117,7 +119,7 @@ class _LockFile:
     """A file that is locked, and empty when it was let go."""
 
     def __init__(self, path: str, fd: int) -> None:
-        self._path, self._fd = path, fd
+        self._path, self._fd, self.ended = path, fd, threading.Event()
 
     def read(self) -> bytes | None:
         # Opened each time: network file systems look for other machines' changes when a file is opened.

@@ -7,6 +7,7 @@ machine that is no more. The object is made only where there is none: of two tha
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,11 +43,11 @@ class _Object:
     """An object that is there as long as it is held."""
 
     def __init__(self, store: ObjectStore, key: str) -> None:
-        self._store, self._key = store, key
+        self._store, self._key, self.ended = store, key, threading.Event()
 
     def read(self) -> bytes | None:
         try:
-            return read_all(self._store, self._key)
+            return read_all(self._store, self._key, ended=self.ended)
         except FileNotFoundError:
             return None
 

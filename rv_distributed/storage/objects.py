@@ -134,10 +134,12 @@ def _read_into(source: Source, key: str, window: memoryview, offset: int, stop: 
     return done
 
 
-def read_all(source: Source, key: str, start: int = 0, stop: int | None = None) -> bytes:
-    """Bytes ``start`` to ``stop`` (or the end) of an object."""
+def read_all(
+    source: Source, key: str, start: int = 0, stop: int | None = None, *, ended: threading.Event | None = None
+) -> bytes:
+    """Bytes ``start`` to ``stop`` (or the end) of an object. ``ended`` is the ``stop`` of `patiently`."""
     got = bytearray()
-    patiently(lambda: source.fetch(key, start + len(got), stop, got.extend), lambda: len(got))
+    patiently(lambda: source.fetch(key, start + len(got), stop, got.extend), lambda: len(got), ended)
     return bytes(got)
 
 

@@ -15,6 +15,7 @@ from refusal import make_models
 import rv_distributed as rv
 from rv_distributed.runtime import local
 from rv_distributed.runtime.model import WorkerShape
+from rv_distributed.storage import ending
 from rv_distributed.storage.ranges import RangeReader
 
 
@@ -41,6 +42,7 @@ def test_a_read_that_never_returns_ends_the_run_and_the_next_one_resumes(
         patch.setattr(RangeReader, "read_cached", hanging)
         # The pieces before it may take as long as this machine needs.
         patch.setattr(local, "patience_s", lambda task, _outputs: 1.0 if task.piece.start >= 2 << 20 else 300.0)
+        patch.setattr(ending, "END_S", 0.1)
         one = rv.RunOptions(runtime="local", workers=1)
         try:
             with pytest.raises(rv.WorkerError, match=r"model\.safetensors, bytes 2097152 to .* hangs"):
@@ -51,6 +53,8 @@ def test_a_read_that_never_returns_ends_the_run_and_the_next_one_resumes(
                 if thread.name.startswith("rv-stream"):
                     thread.join()
     assert not out.exists()
+    (made,) = tmp_path.glob(".out.rv/output-*/model.safetensors")
+    assert not any(made.read_bytes()[2 << 20 :]), "a stream wrote when its run had been given up"
     manifest = rv.transfer(t, a, b, str(out), plan_options=plan, run_options=rv.RunOptions(runtime="local"))
     assert (manifest.timings.pieces, manifest.timings.pieces_kept) == (3, 2)
     rv.verify(str(out))
@@ -58,25 +62,65 @@ def test_a_read_that_never_returns_ends_the_run_and_the_next_one_resumes(
 
 #: ``rv`` whose reads go through threads of a pool, as over a network, and never return.
 HANGING = """
-import threading
+import os, signal, threading
 from rv_distributed.runtime import local
+from rv_distributed.storage import ending, lease
 from rv_distributed.storage.ranges import RangeReader
 
+hangs = threading.Event()
+
+def hang(*_):
+    hangs.set()
+    threading.Event().wait()
+
 RangeReader.is_remote = True
-RangeReader.read = lambda *_: threading.Event().wait()
-local.patience_s = lambda *_: 1.0
-from rv_distributed.cli import main
-main()
+RangeReader.read = hang
+ending.END_S = 1.0
 """
+#: It is given up soon.
+GIVEN_UP = "local.patience_s = lambda *_: 1.0\n"
+#: The place of the output hangs, too, for the lease and for the progress that is shown there.
+OUTPUT_HANGS = """
+from rv_distributed.staging import PosixStaging
+
+def then_hanging(do):
+    return lambda *args: hang() if hangs.is_set() else do(*args)
+
+lease.BEAT_S = 0.1
+lease._LockFile.read = then_hanging(lease._LockFile.read)
+PosixStaging.show = then_hanging(PosixStaging.show)
+"""
+#: One signal comes once it hangs.
+SIGNAL = """
+def send():
+    hangs.wait()
+    os.kill(os.getpid(), signal.{})
+
+threading.Thread(target=send, daemon=True).start()
+"""
+MAIN = "from rv_distributed.cli import main; main()"
 
 
-def test_the_process_ends_though_a_thread_of_a_pool_hangs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["", OUTPUT_HANGS], ids=["inputs hang", "output hangs"])
+@pytest.mark.parametrize(
+    ("end", "status", "told"),
+    [
+        (GIVEN_UP, 1, "the storage of the inputs or of the output hangs"),
+        (SIGNAL.format("SIGINT"), 130, "stopped by SIGINT"),
+        (SIGNAL.format("SIGTERM"), 143, "stopped by SIGTERM"),
+    ],
+    ids=["given up", "SIGINT", "SIGTERM"],
+)
+def test_the_process_ends_though_its_threads_hang(
+    tmp_path: Path, output: str, end: str, status: int, told: str
+) -> None:
     models = make_models(tmp_path / "models")
     roles = [text for role in ("donor", "reference") for text in (f"--{role}", str(models / role))]
-    argv = [sys.executable, "-c", HANGING, "extract", *roles, "--out", str(tmp_path / "out")]
+    script = HANGING + output + end + MAIN
+    argv = [sys.executable, "-c", script, "extract", *roles, "--out", str(tmp_path / "out")]
     ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 1
-    assert "the storage of the inputs or of the output hangs" in ended.stderr
+    assert ended.returncode == status
+    assert told in ended.stderr
     assert "run the same command again to resume" in ended.stderr
 
 

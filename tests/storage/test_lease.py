@@ -21,9 +21,10 @@ import rv_distributed as rv
 from rv_distributed.demo import make_checkpoints
 from rv_distributed.errors import OutputError, RunError
 from rv_distributed.plan import PIECE_ALIGNMENT, PlanOptions
-from rv_distributed.storage import lease
+from rv_distributed.storage import lease, objects
 from rv_distributed.storage.lease import leased
 from rv_distributed.storage.object_lease import leased_object
+from rv_distributed.storage.protocols import TransientError
 
 HOLD = """
 import sys
@@ -223,7 +224,7 @@ class Store:
     def _answer(self) -> None:
         if self.down:
             self.refused += 1
-            raise OSError(errno.EIO, "the store is down")
+            raise TransientError(errno.EIO, "the store is down")
 
 
 def test_an_object_that_a_holder_is_writing_is_not_taken_for_another_s() -> None:
@@ -237,7 +238,10 @@ def test_an_object_that_a_holder_is_writing_is_not_taken_for_another_s() -> None
     assert store.content is None
 
 
-def test_a_store_that_is_down_for_a_while_does_not_end_the_beat_nor_fail_who_lets_go() -> None:
+def test_a_store_that_is_down_for_a_while_does_not_end_the_beat_nor_fail_who_lets_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(objects, "_LONGEST_WAIT_S", 0.01)
     store: Any = Store()
     with leased_object(store, "lock", subject="out") as held:
         store.down = True
@@ -249,6 +253,16 @@ def test_a_store_that_is_down_for_a_while_does_not_end_the_beat_nor_fail_who_let
         held.check()
         store.down = True
     assert store.content is not None
+
+
+def test_who_lets_go_does_not_wait_for_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_FIRST_WAIT_S", 600.0)
+    monkeypatch.setattr(objects, "_LONGEST_WAIT_S", 600.0)
+    store: Any = Store()
+    with leased_object(store, "lock", subject="out"):
+        store.down = True
+        wait_until(lambda: store.refused)
+    assert store.refused <= 3, "a write and a read of the beat, and a read at the end"
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
